@@ -1,0 +1,38 @@
+"""Installs torch_hypergrad. Tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "torch_hypergrad/__init__.py").read_text())
+test = ["pytest>=8", "hypothesis>=6.100"]
+bench = ["psutil>=5.9", "torchopt>=0.7.3"]
+
+setup(
+    name="torch-hypergrad",
+    version=version[1] if version else "0",
+    description="Gradient-based hyperparameter optimization for PyTorch",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["torch_hypergrad", "torch_hypergrad.*"]),
+    package_data={"torch_hypergrad": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "higher>=0.2.1",
+        "numpy>=1.26",
+        "tqdm>=4.66",
+        "matplotlib>=3.8",
+        "scikit-learn>=1.4",
+        "tabulate>=0.9",
+    ],
+    extras_require={
+        "test": test,
+        "bench": bench,
+        "dev": [*test, *bench, "ruff>=0.6", "mypy>=1.11"],
+    },
+)

@@ -1,0 +1,39 @@
+"""Gradient-based hyperparameter optimization for PyTorch."""
+
+from .errors import (
+    HypergradientError,
+    NonFiniteError,
+    NotTwiceDifferentiableError,
+    SolverError,
+    TrajectoryError,
+)
+from .hyper_optimizer import HyperOptimizer, HyperReport
+from .hyperparameters import Hyperparameter
+from .methods import ForwardMode, Implicit, Method, Unrolled
+from .solvers import CG, Cholesky, Identity, Neumann, SolveInfo, Solver
+from .updates import UpdateRule, register_update
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CG",
+    "Cholesky",
+    "ForwardMode",
+    "HyperOptimizer",
+    "HyperReport",
+    "HypergradientError",
+    "Hyperparameter",
+    "Identity",
+    "Implicit",
+    "Method",
+    "Neumann",
+    "NonFiniteError",
+    "NotTwiceDifferentiableError",
+    "SolveInfo",
+    "Solver",
+    "SolverError",
+    "TrajectoryError",
+    "Unrolled",
+    "UpdateRule",
+    "register_update",
+]

@@ -1,0 +1,108 @@
+"""Gradients of gradients: the one place that knows autograd's corners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .errors import NotTwiceDifferentiableError
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """Square root whose derivative at 0 is 0 instead of infinite.
+
+    Where a second moment ``v`` is 0, every gradient so far was 0, and the chain rule through ``v`` contributes
+    nothing: ``m / (sqrt(v) + eps)`` has the derivative ``dm / eps`` there (see ``docs/notation.md``).
+    """
+    if not x.requires_grad:
+        return x.sqrt()
+    zero = x == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """The tensor's values as something to differentiate with respect to."""
+    return tensor.detach().requires_grad_()
+
+
+def gradients(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor | None] | None = None,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> list[Tensor | None]:
+    """``torch.autograd.grad`` that gives None for what does not matter, also where no output has a graph."""
+    grad_outputs = [None] * len(outputs) if grad_outputs is None else grad_outputs
+    pairs = [(o, g) for o, g in zip(outputs, grad_outputs) if o.requires_grad]
+    if not pairs or not inputs:
+        return [None] * len(inputs)
+    with explain_missing_second_derivative():
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            inputs,
+            [g for _, g in pairs],
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+    return list(found)
+
+
+def linearized(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Callable[[Sequence[Tensor | None]], list[Tensor]]:
+    """The Jacobian of ``outputs`` with respect to ``inputs`` as a function from tangents to tangents.
+
+    Built from reverse passes alone: the vector-Jacobian product is linear in its vector, and its own transpose is the
+    Jacobian-vector product. A tangent of None is zero.
+    """
+    dummies = [torch.zeros_like(output).requires_grad_() for output in outputs]
+    with torch.enable_grad():
+        pulled = gradients(outputs, inputs, dummies, create_graph=True)
+
+    def push(tangents: Sequence[Tensor | None]) -> list[Tensor]:
+        used = [(p, t) for p, t in zip(pulled, tangents) if p is not None and t is not None]
+        pushed = gradients([p for p, _ in used], dummies, [t for _, t in used], retain_graph=True)
+        return [torch.zeros_like(d) if t is None else t for d, t in zip(dummies, pushed)]
+
+    return push
+
+
+@contextmanager
+def differentiable_kernels(*, recurrent: bool) -> Iterator[None]:
+    """Selects the kernels that can be differentiated twice.
+
+    Fused attention has no second derivative: the math kernel has. cuDNN's recurrent layers have none either:
+    for a model that contains one, cuDNN is off.
+    """
+    without_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), without_cudnn:
+        yield
+
+
+_NO_SECOND_DERIVATIVE = (
+    "double backward",
+    "Double backward",
+    "is not implemented",
+    "once_differentiable",
+    "differentiate twice",
+)
+
+
+@contextmanager
+def explain_missing_second_derivative() -> Iterator[None]:
+    """Turns autograd's various messages about missing second derivatives into one that names the remedy."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if not any(words in str(error) for words in _NO_SECOND_DERIVATIVE):
+            raise
+        raise NotTwiceDifferentiableError(
+            f"A part of the training loss cannot be differentiated twice. PyTorch said: {str(error).strip()} "
+            "Hypergradients need the derivative of the gradient. Compiled modules and custom functions often have "
+            "none: pass the module before torch.compile, or write the custom backward in differentiable operations."
+        ) from error

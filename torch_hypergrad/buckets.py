@@ -1,0 +1,56 @@
+"""Parameters that are updated together, as one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .vectors import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Parameters of one param group that share device, dtype, step count and kinds of state.
+
+    Args:
+        group: the number of the param group.
+        indices: where its parameters stand among all parameters of the optimizer.
+        positions: where they stand in their group.
+        layout: where they lie in the bucket's flat vector.
+        flat: whether the rule runs on the flat vector; if not, the bucket is one parameter in its own shape.
+    """
+
+    group: int
+    indices: tuple[int, ...]
+    positions: tuple[int, ...]
+    layout: Layout
+    flat: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of what the rule runs on."""
+        return torch.Size([self.layout.numel]) if self.flat else self.layout.shapes[0]
+
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        """What the rule runs on, copied out of a list with one tensor for each parameter of the optimizer."""
+        own = [tensors[i] for i in self.indices]
+        return self.layout.flatten(own) if self.flat else own[0].clone()
+
+    def scatter(self, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The transpose of :meth:`gather`: each parameter's index and its view of ``tensor``."""
+        return zip(self.indices, self.layout.split(tensor.reshape(-1)))
+
+
+def as_list(buckets: Sequence[Bucket], tensors: Sequence[Tensor | None], length: int) -> list[Tensor | None]:
+    """Tensors, one for each bucket, as a list with one for each parameter."""
+    pieces: list[Tensor | None] = [None] * length
+    for bucket, tensor in zip(buckets, tensors):
+        if tensor is not None:
+            for i, piece in bucket.scatter(tensor):
+                pieces[i] = piece
+    return pieces

@@ -1,0 +1,102 @@
+"""What a method is: options that a user chooses, and a recording of the training that they apply to."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..hyperparameters import HyperparameterSet
+from ..training import State, Step, Training
+from ..updates import UpdateRule
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The validation loss at the current weights.
+
+    Args:
+        loss: a scalar without graph.
+        grads: its gradient for each parameter of the optimizer; None where it does not depend on one.
+        direct: its own gradient for each tuned tensor of the training loss.
+    """
+
+    loss: Tensor
+    grads: Sequence[Tensor | None]
+    direct: Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class SolveStatistics:
+    """What the linear solve of an implicit method reports; None for methods that solve nothing.
+
+    Args:
+        num_matvecs: products with the Jacobian of the stationarity, those of power iterations included.
+        residual: norm of ``b - A x`` over the norm of ``b``; None where it was not computed.
+    """
+
+    num_matvecs: int | None = None
+    residual: float | None = None
+
+
+class Recording(ABC):
+    """What a method keeps of the training since the last hyper step."""
+
+    create_graph = False
+    """Whether :meth:`record` needs gradients that can be differentiated."""
+
+    checks_parameters = True
+    """Whether nobody else may write to the parameters while steps are recorded."""
+
+    @abstractmethod
+    def wants_buffers(self) -> bool:
+        """Whether the state given to the next :meth:`record` must hold buffers."""
+
+    @abstractmethod
+    def record(self, step: Step, state: State, grads: Sequence[Tensor | None]) -> None:
+        """Takes note of one training step, the state before it and its gradients."""
+
+    @abstractmethod
+    def steps(self) -> Iterable[Step]:
+        """The recorded steps that the hypergradient depends on."""
+
+    @abstractmethod
+    def hypergradient(self, validation: Validation) -> tuple[list[Tensor], SolveStatistics]:
+        """The derivative of the validation loss with respect to the values of each hyperparameter."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forgets every step."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as plain containers of tensors."""
+
+    @abstractmethod
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave."""
+
+
+class Method(ABC):
+    """A way to compute hypergradients. Instances are immutable options and may be shared."""
+
+    replays: ClassVar[bool] = True
+    """Whether recorded steps are differentiated as they were taken, for which training must use the same kernels."""
+
+    @abstractmethod
+    def check(self, hyperparameters: HyperparameterSet, rule: UpdateRule, optimizer_name: str) -> None:
+        """Refuses what the method cannot do, with a ``ValueError``, when the HyperOptimizer is made."""
+
+    @abstractmethod
+    def start(self, training: Training) -> Recording:
+        """An empty recording."""
+
+
+def add_direct(hyperparameters: HyperparameterSet, gradients: Sequence[Tensor], validation: Validation) -> list[Tensor]:
+    """``gradients`` plus the validation loss's own dependence on the tuned tensors."""
+    first = len(hyperparameters.settings)
+    direct = [None] * first + list(validation.direct)
+    return [g if d is None else g + d for g, d in zip(gradients, direct)]

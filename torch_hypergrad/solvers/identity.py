@@ -1,0 +1,33 @@
+"""The Hessian taken for a multiple of the identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .base import Matvec, SolveInfo, Solver, check_finite, check_number
+
+
+@dataclass(frozen=True)
+class Identity(Solver):
+    """``x = scale * b``: no product at all, and the first term of the Neumann series. T1-T2 takes the learning rate as
+    ``scale``, and so differentiates one step of SGD.
+
+    Args:
+        scale: the inverse of the curvature.
+
+    Raises:
+        TypeError, ValueError: for a scale that is not positive.
+
+    Source: Luketina et al. 2016.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number(self.scale, "Identity: scale", positive=True)
+
+    def solve(self, matvec: Matvec, b: Tensor) -> tuple[Tensor, SolveInfo]:
+        check_finite(b)
+        return self.scale * b, SolveInfo(0, None)

@@ -1,0 +1,84 @@
+"""The Neumann series."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import SolverError
+from .base import Matvec, SolveInfo, Solver, check_finite, check_number, check_positive_int, damped
+
+NUM_POWER_ITERATIONS = 8
+
+
+@dataclass(frozen=True)
+class Neumann(Solver):
+    r"""Truncated Neumann series,
+
+    .. math:: x_K = \alpha \sum_{k<K} (I - \alpha A)^k b,
+
+    which tends to :math:`A^{-1} b` if the eigenvalues of A are in :math:`(0, 2/\alpha)`. The residual
+    :math:`b - A x_K = (I - \alpha A)^K b` is the next term of the series; it shrinks by
+    :math:`\max_i |1 - \alpha\lambda_i|` with each term.
+
+    Args:
+        num_terms: K, the number of terms.
+        scale: :math:`\alpha`. None takes one over the largest eigenvalue (in absolute value), estimated by 8 power
+            iterations, which may fall short of it by half before the series diverges.
+        damping: solve with :math:`A + damping\, I` instead.
+
+    Cost: ``num_terms`` products, and 8 for ``scale=None``.
+
+    Raises:
+        TypeError, ValueError: for numbers out of range.
+        SolverError: when solving, if the residual has grown above 1 or is not finite.
+
+    Source: Lorraine, Vicol and Duvenaud 2020, algorithm 3.
+    """
+
+    num_terms: int = 20
+    scale: float | None = None
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive_int(self.num_terms, "Neumann: num_terms")
+        check_number(self.damping, "Neumann: damping", positive=False)
+        if self.scale is not None:
+            check_number(self.scale, "Neumann: scale", positive=True)
+
+    def solve(self, matvec: Matvec, b: Tensor) -> tuple[Tensor, SolveInfo]:
+        norm = check_finite(b)
+        matvec = damped(matvec, self.damping)
+        scale = 1 / largest_eigenvalue(matvec, b) if self.scale is None else self.scale
+        x, term = torch.zeros_like(b), b
+        for _ in range(self.num_terms):
+            x = x + term
+            term = term - scale * matvec(term)
+        residual = float(term.norm()) / norm if norm > 0 else 0.0
+        if not math.isfinite(residual) or residual > 1.0 + 1e-6:
+            raise SolverError(self._divergence(residual, float(scale)))
+        num_matvecs = self.num_terms + (NUM_POWER_ITERATIONS if self.scale is None else 0)
+        return scale * x, SolveInfo(num_matvecs, residual)
+
+    def _divergence(self, residual: float, scale: float) -> str:
+        return (
+            f"Neumann diverged: relative residual {residual:.3g} after {self.num_terms} terms with scale {scale:.3g}. "
+            f"The series needs the eigenvalues of the training Hessian, with decay and damping, in (0, {2 / scale:.3g}). "
+            "Negative ones mean that training is not at a minimum: train longer before the hyper step, or add damping. "
+            "Larger ones mean that scale is too large: lower it, or pass scale=None."
+        )
+
+
+def largest_eigenvalue(matvec: Matvec, like: Tensor) -> Tensor:
+    """The largest absolute eigenvalue by power iteration, from a fixed random start: a lower bound. No
+    synchronization, and the global random number generators are not touched."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    size = v.norm()
+    for _ in range(NUM_POWER_ITERATIONS):
+        v = matvec(v / size.clamp(min=torch.finfo(like.dtype).tiny))
+        size = v.norm()
+    return size.clamp(min=torch.finfo(like.dtype).tiny)

@@ -1,0 +1,175 @@
+"""A checker for hypergradients, as ``torch.autograd.gradcheck`` is for gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import HypergradientError
+from .hyper_optimizer import HyperOptimizer
+
+NUM_LEVELS = 5
+
+
+class HypergradientMismatchError(HypergradientError, AssertionError):
+    """A hypergradient differs from finite differences."""
+
+
+@dataclass(frozen=True)
+class CheckedEntry:
+    """One number of a hypergradient and its reference.
+
+    Args:
+        name: the hyperparameter, as in ``HyperOptimizer.values()``.
+        index: which entry of it, in flat order.
+        computed: the hypergradient.
+        reference: the derivative by finite differences of re-run training.
+        uncertainty: an estimate of the error of ``reference``.
+    """
+
+    name: str
+    index: int
+    computed: float
+    reference: float
+    uncertainty: float
+
+    def agrees(self, rtol: float, atol: float) -> bool:
+        """Whether the two are within ``atol + rtol * |reference|``."""
+        return abs(self.computed - self.reference) <= atol + rtol * abs(self.reference)
+
+
+def check_hypergradient(
+    make: Callable[[], HyperOptimizer],
+    train_batches: Sequence[Any],
+    val_batch: Any,
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-9,
+    num_entries: int = 3,
+    seed: int = 0,
+) -> list[CheckedEntry]:
+    """Compares a hypergradient with central finite differences of the validation loss after re-run training.
+
+    Training is run anew for each perturbed value, with the same random numbers. Buffers (BatchNorm's statistics) are
+    put back to those of the first run before each step, since hypergradients take them for constants. The differences
+    are extrapolated to step size 0 (Ridders 1982) from steps of a tenth of the value down to a 160th.
+
+    Args:
+        make: makes a fresh HyperOptimizer, model and all, the same each time (set seeds inside). Parameters in float64.
+        train_batches: one batch for each training step; for implicit methods, enough to converge.
+        val_batch: the validation batch.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        num_entries: how many entries of each named hyperparameter are checked, chosen at random.
+        seed: of that choice, and of the random numbers during training.
+
+    Returns:
+        What was compared, entry by entry.
+
+    Raises:
+        ValueError: if parameters are not float64, in which finite differences have no digits left.
+        HypergradientMismatchError: if an entry differs; the message lists the ones that do.
+    """
+    with torch.random.fork_rng():
+        hyper, buffers = _trained(make, train_batches, seed)
+        for name, p in hyper.model.named_parameters():
+            if p.dtype != torch.float64:
+                raise ValueError(
+                    f"check_hypergradient needs float64, and the parameter {name!r} is {p.dtype}: call model.double() and "
+                    "give float64 batches. Finite differences have no digits left in lower precision."
+                )
+        hypergradient = hyper.hypergradient(val_batch)
+        generator = torch.Generator().manual_seed(seed)
+        entries = []
+        for name, computed in hypergradient.items():
+            for index in torch.randperm(computed.numel(), generator=generator)[:num_entries].tolist():
+
+                def loss_at(shift: float, name: str = name, index: int = index) -> float:
+                    return _validation_loss(make, train_batches, val_batch, seed, buffers, name, index, shift)
+
+                value = abs(hyper.values()[name].reshape(-1)[index].item())
+                reference, uncertainty = derivative(loss_at, 0.1 * (value if value > 0 else 0.1))
+                entries.append(CheckedEntry(name, index, computed.reshape(-1)[index].item(), reference, uncertainty))
+    _raise_on_mismatch(entries, rtol, atol)
+    return entries
+
+
+def derivative(function: Callable[[float], float], width: float) -> tuple[float, float]:
+    """The derivative at 0 by central differences, extrapolated, and an estimate of its error (Ridders 1982).
+
+    Args:
+        function: a smooth function of one number.
+        width: the largest step; each following one is half of it.
+    """
+    best, uncertainty = 0.0, float("inf")
+    above: list[float] = []
+    for level in range(NUM_LEVELS):
+        h = width / 2**level
+        row = [(function(h) - function(-h)) / (2 * h)]
+        for order, coarse in enumerate(above, start=1):
+            row.append((4**order * row[-1] - coarse) / (4**order - 1))
+            error = max(abs(row[-1] - row[-2]), abs(row[-1] - coarse))
+            if error < uncertainty:
+                best, uncertainty = row[-1], error
+        above = row
+    return best, uncertainty
+
+
+def _trained(
+    make: Callable[[], HyperOptimizer],
+    train_batches: Sequence[Any],
+    seed: int,
+    buffers: Sequence[Sequence[Tensor | None]] | None = None,
+    perturb: Callable[[HyperOptimizer], None] | None = None,
+) -> tuple[HyperOptimizer, list[tuple[Tensor | None, ...]]]:
+    """A trained HyperOptimizer and the buffers before each step and at the end; given ones are put in their place."""
+    torch.manual_seed(seed)
+    hyper = make()
+    if perturb is not None:
+        perturb(hyper)
+    found = []
+    torch.manual_seed(seed)
+    for t in range(len(train_batches) + 1):
+        if buffers is not None:
+            hyper._training.set_buffers(buffers[t])
+        found.append(hyper._training.buffers())
+        if t < len(train_batches):
+            hyper.step(train_batches[t])
+    return hyper, found
+
+
+def _validation_loss(
+    make: Callable[[], HyperOptimizer],
+    train_batches: Sequence[Any],
+    val_batch: Any,
+    seed: int,
+    buffers: Sequence[Sequence[Tensor | None]],
+    name: str,
+    index: int,
+    shift: float,
+) -> float:
+    def perturb(hyper: HyperOptimizer) -> None:
+        value = hyper.values()[name]
+        value.view(-1)[index] += shift
+        hyper.set_values({name: value})
+
+    hyper, _ = _trained(make, train_batches, seed, buffers, perturb)
+    return hyper.validation_loss(val_batch).item()
+
+
+def _raise_on_mismatch(entries: Sequence[CheckedEntry], rtol: float, atol: float) -> None:
+    wrong = [entry for entry in entries if not entry.agrees(rtol, atol)]
+    if wrong:
+        lines = "\n".join(
+            f"  {e.name}[{e.index}]: computed {e.computed:.10g}, finite differences {e.reference:.10g} +- {e.uncertainty:.1g}"
+            for e in wrong
+        )
+        raise HypergradientMismatchError(
+            f"{len(wrong)} of {len(entries)} entries of the hypergradient differ from finite differences by more than "
+            f"rtol={rtol:g}, atol={atol:g}:\n{lines}\nLikely causes: a train_loss that reads what changes between steps, a "
+            "kink close to the value, make() that is not the same each time, or an update rule that is wrong."
+        )

@@ -1,0 +1,181 @@
+"""Adam and its family: AdamW, NAdam, RAdam, Adamax."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..autodiff import sqrt
+from .base import (
+    FRACTION,
+    POSITIVE,
+    Settings,
+    State,
+    addcdiv,
+    addcmul,
+    decayed,
+    is_on,
+    l2_stationarity,
+    lerp,
+    register_update,
+    scalar_tensor,
+    scalar_value,
+    signed,
+)
+
+TUNABLE = {"lr": POSITIVE, "betas.0": FRACTION, "betas.1": FRACTION, "eps": POSITIVE, "weight_decay": POSITIVE}
+
+
+def decay(param: Tensor, grad: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Weight decay on the parameters (decoupled, Loshchilov and Hutter 2019) or on the gradient (L2)."""
+    if not settings.get("decoupled_weight_decay", False):
+        return param, decayed(grad, param, settings)
+    if is_on(settings["weight_decay"]):
+        param = param * (1 - settings["lr"] * settings["weight_decay"])
+    return param, signed(grad, settings)
+
+
+def moments(grad: Tensor, state: State, settings: Settings) -> tuple[int, Tensor, Tensor]:
+    """The step's number, and the running averages of the gradient and of its square."""
+    beta1, beta2 = settings["betas"]
+    exp_avg = state["exp_avg"] if "exp_avg" in state else torch.zeros_like(grad)
+    exp_avg_sq = state["exp_avg_sq"] if "exp_avg_sq" in state else torch.zeros_like(grad)
+    exp_avg = lerp(exp_avg, grad, 1 - beta1)
+    exp_avg_sq = addcmul(exp_avg_sq * beta2, grad, grad, 1 - beta2)
+    return state.get("step", 0) + 1, exp_avg, exp_avg_sq
+
+
+def preconditioner(second_moment: Tensor, step: int, settings: Settings) -> Tensor:
+    """``sqrt(v / (1 - beta2^t)) + eps``."""
+    bias_correction2 = 1 - settings["betas"][1] ** step
+    return sqrt(second_moment) / bias_correction2**0.5 + settings["eps"]
+
+
+def decoupled_stationarity(param: Tensor, grad: Tensor, scale: Tensor | float, settings: Settings) -> Tensor:
+    """``F = g + D * weight_decay * param``, with the preconditioner D frozen, which keeps dF/dparam symmetric."""
+    return signed(grad, settings) + scale * settings["weight_decay"] * param
+
+
+def adam_stationarity(param: Tensor, grad: Tensor, state: State, settings: Settings) -> Tensor:
+    """L2 decay: ``F = g + weight_decay * param``; decoupled decay: with the factor D = sqrt(v) + eps."""
+    if not settings.get("decoupled_weight_decay", False):
+        return l2_stationarity(param, grad, state, settings)
+    second_moment = state["max_exp_avg_sq"] if settings["amsgrad"] else state["exp_avg_sq"]
+    scale = preconditioner(second_moment, state["step"], settings).detach()
+    return decoupled_stationarity(param, grad, scale, settings)
+
+
+@register_update(torch.optim.Adam, TUNABLE, stationarity=adam_stationarity, moves_optimum=("weight_decay",))
+def adam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+    """Adam (Kingma and Ba 2015) with AMSGrad (Reddi et al. 2018)."""
+    param, grad = decay(param, grad, settings)
+    step, exp_avg, exp_avg_sq = moments(grad, state, settings)
+    new_state: State = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    second_moment = exp_avg_sq
+    if settings["amsgrad"]:
+        second_moment = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(param)), exp_avg_sq)
+        new_state["max_exp_avg_sq"] = second_moment
+    step_size = settings["lr"] / (1 - settings["betas"][0] ** step)
+    return addcdiv(param, exp_avg, preconditioner(second_moment, step, settings), -step_size), new_state
+
+
+def adamw_stationarity(param: Tensor, grad: Tensor, state: State, settings: Settings) -> Tensor:
+    """``F = g + (sqrt(v) + eps) * weight_decay * param``."""
+    return adam_stationarity(param, grad, state, {**settings, "decoupled_weight_decay": True})
+
+
+@register_update(torch.optim.AdamW, TUNABLE, stationarity=adamw_stationarity, moves_optimum=("weight_decay",))
+def adamw(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+    return adam(param, grad, state, {**settings, "decoupled_weight_decay": True})
+
+
+def nadam_momenta(step: int, settings: Settings) -> tuple[Tensor | float, Tensor | float]:
+    """NAdam's schedule of beta1: its values at this step and at the next."""
+    beta1, momentum_decay = settings["betas"][0], settings["momentum_decay"]
+    now = beta1 * (1.0 - 0.5 * (0.96 ** (step * momentum_decay)))
+    following = beta1 * (1.0 - 0.5 * (0.96 ** ((step + 1) * momentum_decay)))
+    return now, following
+
+
+def nadam_stationarity(param: Tensor, grad: Tensor, state: State, settings: Settings) -> Tensor:
+    """As Adam's, where D also holds the weights of gradient and momentum in one step at rest (``exp_avg = g``)."""
+    if not settings["decoupled_weight_decay"]:
+        return l2_stationarity(param, grad, state, settings)
+    mu, mu_next = nadam_momenta(state["step"], settings)
+    mu_product = scalar_value(state["mu_product"])
+    at_rest = (1.0 - mu) / (1.0 - mu_product) + mu_next / (1.0 - mu_product * mu_next)
+    scale = preconditioner(state["exp_avg_sq"], state["step"], settings) / at_rest
+    return decoupled_stationarity(param, grad, scale.detach(), settings)
+
+
+@register_update(
+    torch.optim.NAdam,
+    {**TUNABLE, "momentum_decay": POSITIVE},
+    stationarity=nadam_stationarity,
+    moves_optimum=("weight_decay",),
+    scalars=("mu_product",),
+)
+def nadam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+    """Adam with Nesterov momentum (Dozat 2016)."""
+    lr = settings["lr"]
+    param, grad = decay(param, grad, settings)
+    step, exp_avg, exp_avg_sq = moments(grad, state, settings)
+    mu, mu_next = nadam_momenta(step, settings)
+    product = scalar_tensor((state["mu_product"] if "mu_product" in state else scalar_tensor(1.0)) * mu)
+    mu_product = scalar_value(product)
+    denom = sqrt(exp_avg_sq / (1 - settings["betas"][1] ** step)) + settings["eps"]
+    param = addcdiv(param, grad, denom, -lr * (1.0 - mu) / (1.0 - mu_product))
+    param = addcdiv(param, exp_avg, denom, -lr * mu_next / (1.0 - mu_product * mu_next))
+    return param, {"step": step, "mu_product": product, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+def radam_scale(exp_avg_sq: Tensor, step: int, settings: Settings) -> Tensor | float:
+    """RAdam's factor on the step: the rectified adaptive rate, or 1 while the variance is untractable."""
+    beta2 = settings["betas"][1]
+    bias_correction2 = 1 - beta2**step
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * step * beta2**step / bias_correction2
+    rectified = rho > 5.0
+    if not isinstance(rho, Tensor):
+        if not rectified:
+            return 1.0
+    else:
+        rho = torch.where(rectified, rho, 6.0)
+        rho_inf = torch.where(rectified, rho_inf, 6.0)
+    rect = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
+    adaptive = bias_correction2**0.5 / (sqrt(exp_avg_sq) + settings["eps"])
+    if isinstance(rho, Tensor):
+        return torch.where(rectified, adaptive * rect, 1.0)
+    return adaptive * rect
+
+
+def radam_stationarity(param: Tensor, grad: Tensor, state: State, settings: Settings) -> Tensor:
+    """As Adam's, with D the inverse of the rectified adaptive rate."""
+    if not settings["decoupled_weight_decay"]:
+        return l2_stationarity(param, grad, state, settings)
+    scale = 1 / radam_scale(state["exp_avg_sq"].detach(), state["step"], settings)
+    return decoupled_stationarity(param, grad, scale, settings)
+
+
+@register_update(torch.optim.RAdam, TUNABLE, stationarity=radam_stationarity, moves_optimum=("weight_decay",))
+def radam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+    """Adam with rectified variance (Liu et al. 2020)."""
+    param, grad = decay(param, grad, settings)
+    step, exp_avg, exp_avg_sq = moments(grad, state, settings)
+    corrected = exp_avg / (1 - settings["betas"][0] ** step)
+    param = param - corrected * settings["lr"] * radam_scale(exp_avg_sq, step, settings)
+    return param, {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+@register_update(torch.optim.Adamax, TUNABLE, stationarity=l2_stationarity, moves_optimum=("weight_decay",))
+def adamax(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+    """Adam with the infinity norm (Kingma and Ba 2015, section 7)."""
+    beta1, beta2 = settings["betas"]
+    step = state.get("step", 0) + 1
+    grad = decayed(grad, param, settings)
+    zeros = torch.zeros_like(param)
+    exp_avg = lerp(state.get("exp_avg", zeros), grad, 1 - beta1)
+    exp_inf = torch.maximum(state.get("exp_inf", zeros) * beta2, grad.abs() + settings["eps"])
+    step_size = settings["lr"] / (1 - beta1**step)
+    return addcdiv(param, exp_avg, exp_inf, -step_size), {"step": step, "exp_avg": exp_avg, "exp_inf": exp_inf}

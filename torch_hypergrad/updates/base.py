@@ -1,0 +1,164 @@
+"""What an update rule is, the arithmetic that rules are written in, and the registry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+State: TypeAlias = dict[str, Any]
+"""What the rule keeps for its parameters, under torch's own names: tensors, and ``"step"`` as an int."""
+
+Settings: TypeAlias = Mapping[str, Any]
+"""A param group's settings under torch's own names; the tuned ones are tensors (0-dim, or of the param's shape)."""
+
+Update: TypeAlias = Callable[[Tensor, Tensor, State, Settings], tuple[Tensor, State]]
+Stationarity: TypeAlias = Callable[[Tensor, Tensor, State, Settings], Tensor]
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """One optimizer's step as a pure function, and what may be tuned in it.
+
+    Args:
+        update: ``update(param, grad, state, settings) -> (param, state)``, out of place, in differentiable tensor
+            arithmetic. ``state`` is empty at a parameter's first step.
+        tunable: the continuous settings, each with its legal range ``(low, high)``; ``"betas.0"`` is the first
+            entry of the tuple ``betas``.
+        stationarity: ``stationarity(param, grad, state, settings) -> F``, which is zero at the training optimum;
+            its Jacobian in ``param`` is symmetric when that of ``grad`` is. None if the optimizer has no such form.
+        moves_optimum: the tunable settings that ``stationarity`` depends on.
+        elementwise: whether each entry is updated from the same entry of param, grad and state alone. Such rules
+            run on all parameters of a group as one flat vector; others run on one parameter at a time.
+        scalars: names in ``state`` that are one number for each parameter.
+    """
+
+    update: Update
+    tunable: Mapping[str, tuple[float, float]]
+    stationarity: Stationarity | None = None
+    moves_optimum: Sequence[str] = ()
+    elementwise: bool = True
+    scalars: Sequence[str] = field(default=())
+
+
+_RULES: dict[type[Optimizer], UpdateRule] = {}
+
+
+def register_update(
+    optimizer_type: type[Optimizer],
+    tunable: Mapping[str, tuple[float, float]],
+    *,
+    stationarity: Stationarity | None = None,
+    moves_optimum: Sequence[str] = (),
+    elementwise: bool = True,
+    scalars: Sequence[str] = (),
+) -> Callable[[Update], Update]:
+    """Registers the decorated function as the update rule of ``optimizer_type``.
+
+    The arguments are those of :class:`UpdateRule`. A rule registered again replaces the earlier one.
+
+    Example:
+        >>> class PlainSGD(torch.optim.Optimizer):
+        ...     def __init__(self, params, lr):
+        ...         super().__init__(params, {"lr": lr})
+        >>> @register_update(PlainSGD, {"lr": (0.0, math.inf)})
+        ... def plain_sgd(param, grad, state, settings):
+        ...     return param - settings["lr"] * grad, state
+    """
+
+    def register(update: Update) -> Update:
+        _RULES[optimizer_type] = UpdateRule(
+            update, dict(tunable), stationarity, tuple(moves_optimum), elementwise, tuple(scalars)
+        )
+        return update
+
+    return register
+
+
+def registered_rule(optimizer: Optimizer) -> UpdateRule | None:
+    """The rule of the optimizer's class, or of the base class whose ``step`` it inherits unchanged."""
+    for base in type(optimizer).__mro__:
+        if base in _RULES and base.step is type(optimizer).step:
+            return _RULES[base]
+    return None
+
+
+def registered_types() -> list[type[Optimizer]]:
+    """The optimizer classes that have a rule."""
+    return list(_RULES)
+
+
+POSITIVE = (0.0, math.inf)
+FRACTION = (0.0, 1.0 - 1e-6)
+"""Range of decay rates such as ``betas``: at 1 the bias correction divides by zero."""
+
+
+def is_on(setting: float | Tensor) -> bool:
+    """Whether a term with this factor is computed: torch leaves it out at 0, a tuned one has a derivative there."""
+    return isinstance(setting, Tensor) or setting != 0
+
+
+# A tuned setting is a tensor and an untuned one a number. With numbers these functions call the very operations of
+# torch.optim, so that training is bitwise the same; with tensors the same formulas, which can be differentiated.
+
+
+def add_scaled(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
+    """``x + scale * y``."""
+    return x + scale * y if isinstance(scale, Tensor) else torch.add(x, y, alpha=scale)
+
+
+def addcmul(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    """``x + scale * a * b``."""
+    return x + scale * (a * b) if isinstance(scale, Tensor) else torch.addcmul(x, a, b, value=scale)
+
+
+def addcdiv(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    """``x + scale * a / b``."""
+    return x + scale * (a / b) if isinstance(scale, Tensor) else torch.addcdiv(x, a, b, value=scale)
+
+
+def lerp(x: Tensor, y: Tensor, weight: float | Tensor) -> Tensor:
+    """``x + weight * (y - x)``."""
+    return torch.lerp(x, y, weight.to(x.dtype) if isinstance(weight, Tensor) else weight)
+
+
+def signed(grad: Tensor, settings: Settings) -> Tensor:
+    """The gradient of what is minimized."""
+    return -grad if settings["maximize"] else grad
+
+
+def decayed(grad: Tensor, param: Tensor, settings: Settings) -> Tensor:
+    """The gradient of what is minimized, with the weight decay that is added to it (L2)."""
+    grad = signed(grad, settings)
+    weight_decay = settings["weight_decay"]
+    return add_scaled(grad, param, weight_decay) if is_on(weight_decay) else grad
+
+
+def l2_stationarity(param: Tensor, grad: Tensor, state: State, settings: Settings) -> Tensor:
+    """``F = g + weight_decay * param``: for every rule whose decay is added to the gradient."""
+    return decayed(grad, param, settings)
+
+
+def scalar_dtype() -> torch.dtype:
+    """The dtype in which torch.optim keeps numbers such as ``step``."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def scalar_tensor(value: float | Tensor, like: Tensor | None = None) -> Tensor:
+    """``value`` as torch.optim keeps it: rounded to :func:`scalar_dtype`, on the device of ``like`` or the CPU."""
+    device = torch.device("cpu") if like is None else like.device
+    if isinstance(value, Tensor):
+        return value.to(scalar_dtype())
+    return torch.tensor(value, dtype=scalar_dtype(), device=device)
+
+
+def scalar_value(value: Tensor) -> float | Tensor:
+    """A number where that costs no synchronization and loses no derivative, else a float64 tensor."""
+    if value.ndim == 0 and value.device.type == "cpu" and not value.requires_grad:
+        return value.item()
+    return value.double()

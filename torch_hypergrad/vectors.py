@@ -1,0 +1,52 @@
+"""A list of tensors as one flat vector, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+class Layout:
+    """Where each tensor of a list lies in one flat vector.
+
+    Args:
+        shapes: the shapes of the tensors, in order.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size]) -> None:
+        self.shapes = tuple(shapes)
+        self.sizes = tuple(shape.numel() for shape in shapes)
+        self.offsets = (0, *accumulate(self.sizes))
+
+    @property
+    def numel(self) -> int:
+        """Length of the flat vector."""
+        return self.offsets[-1]
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The tensors one after the other in a new vector of shape ``(numel,)``."""
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Views of ``vector`` with the shapes of the tensors."""
+        return [piece.view(shape) for piece, shape in zip(vector.split(self.sizes), self.shapes)]
+
+    def take(self, vector: Tensor, positions: Sequence[int]) -> Tensor:
+        """The parts of ``vector`` that belong to the tensors at ``positions``, one after the other."""
+        if len(positions) == len(self.sizes):
+            return vector
+        return torch.cat([self._part(vector, i) for i in positions])
+
+    def add_at(self, vector: Tensor, positions: Sequence[int], part: Tensor) -> None:
+        """The transpose of :meth:`take`: adds ``part`` to ``vector``, in place."""
+        if len(positions) == len(self.sizes):
+            vector += part
+            return
+        for i, piece in zip(positions, part.split([self.sizes[i] for i in positions])):
+            self._part(vector, i).add_(piece)
+
+    def _part(self, vector: Tensor, i: int) -> Tensor:
+        return vector.narrow(0, self.offsets[i], self.sizes[i])
