@@ -147,6 +147,8 @@ class HyperOptimizer:
         tampered = None
         if recording.checks_parameters and self._written is not None:
             tampered = training.differs(state, self._written)
+            if tampered.device.type == "cpu" and bool(tampered):  # elsewhere it waits for the hyper step: no synchronization
+                raise TrajectoryError(_tampering("a parameter", self._number))
         step = training.begin(self._number, batch)
         loss, grads = training.gradients(batch, create_graph=recording.create_graph)
         step = training.finish(step, loss, grads, tampered)

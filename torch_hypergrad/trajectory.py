@@ -74,9 +74,13 @@ class Trajectory:
         """
         budget = self._max_snapshots or 0
         aside: list[tuple[int, State]] = []
+        kept = list(self._snapshots)
         for t in reversed(range(self._end - len(self), self._end)):
-            aside = [(at, state) for at, state in aside if at <= t]
-            at, state = aside[-1] if aside else self._snapshot_before(t)
+            while kept[-1] > t:
+                kept.pop()
+            while aside and aside[-1][0] > t:
+                aside.pop()
+            at, state = aside[-1] if aside else (kept[-1], self._snapshot(kept[-1]))
             while at < t:
                 for _ in range(next_snapshot(t - at + 1, budget - len(aside))):
                     state = self._training.replay(_step(self._steps[at]), state)
@@ -85,10 +89,9 @@ class Trajectory:
                     aside.append((at, state))
             yield _step(self._steps[t]), state
 
-    def _snapshot_before(self, t: int) -> tuple[int, State]:
-        at = max(s for s in self._snapshots if s <= t)
-        kept = self._snapshots[at]
-        return at, kept.restored() if isinstance(kept, Offloaded) else kept
+    def _snapshot(self, t: int) -> State:
+        kept = self._snapshots[t]
+        return kept.restored() if isinstance(kept, Offloaded) else kept
 
     def _forget_truncated(self) -> None:
         if self._truncation is None:
@@ -104,7 +107,7 @@ class Trajectory:
             "end": self._end,
             "stride": self._stride,
             "steps": {t: pack_step(_step(step)) for t, step in self._steps.items()},
-            "snapshots": {t: pack_state(self._snapshot_before(t)[1]) for t in self._snapshots},
+            "snapshots": {t: pack_state(self._snapshot(t)) for t in self._snapshots},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:

@@ -130,8 +130,8 @@ def nadam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tupl
     return param, {"step": step, "mu_product": product, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
-def radam_scale(exp_avg_sq: Tensor, step: int, settings: Settings) -> Tensor | float:
-    """RAdam's factor on the step: the rectified adaptive rate, or 1 while the variance is untractable."""
+def radam_factors(exp_avg_sq: Tensor, step: int, settings: Settings) -> tuple[Tensor | float, Tensor | float]:
+    """RAdam's factors on the step: the adaptive rate and its rectification, both 1 while the variance is untractable."""
     beta2 = settings["betas"][1]
     bias_correction2 = 1 - beta2**step
     rho_inf = 2 / (1 - beta2) - 1
@@ -139,23 +139,23 @@ def radam_scale(exp_avg_sq: Tensor, step: int, settings: Settings) -> Tensor | f
     rectified = rho > 5.0
     if not isinstance(rho, Tensor):
         if not rectified:
-            return 1.0
+            return 1.0, 1.0
     else:
         rho = torch.where(rectified, rho, 6.0)
         rho_inf = torch.where(rectified, rho_inf, 6.0)
     rect = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
     adaptive = bias_correction2**0.5 / (sqrt(exp_avg_sq) + settings["eps"])
     if isinstance(rho, Tensor):
-        return torch.where(rectified, adaptive * rect, 1.0)
-    return adaptive * rect
+        return torch.where(rectified, adaptive, 1.0), torch.where(rectified, rect, 1.0)
+    return adaptive, rect
 
 
 def radam_stationarity(param: Tensor, grad: Tensor, state: State, settings: Settings) -> Tensor:
     """As Adam's, with D the inverse of the rectified adaptive rate."""
     if not settings["decoupled_weight_decay"]:
         return l2_stationarity(param, grad, state, settings)
-    scale = 1 / radam_scale(state["exp_avg_sq"].detach(), state["step"], settings)
-    return decoupled_stationarity(param, grad, scale, settings)
+    adaptive, rect = radam_factors(state["exp_avg_sq"].detach(), state["step"], settings)
+    return decoupled_stationarity(param, grad, 1 / (adaptive * rect), settings)
 
 
 @register_update(torch.optim.RAdam, TUNABLE, stationarity=radam_stationarity, moves_optimum=("weight_decay",))
@@ -164,7 +164,8 @@ def radam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tupl
     param, grad = decay(param, grad, settings)
     step, exp_avg, exp_avg_sq = moments(grad, state, settings)
     corrected = exp_avg / (1 - settings["betas"][0] ** step)
-    param = param - corrected * settings["lr"] * radam_scale(exp_avg_sq, step, settings)
+    adaptive, rect = radam_factors(exp_avg_sq, step, settings)
+    param = param - corrected * settings["lr"] * adaptive * rect
     return param, {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 

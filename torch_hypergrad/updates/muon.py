@@ -15,14 +15,20 @@ NEWTON_SCHULZ_DTYPE = torch.bfloat16
 ANY = (-math.inf, math.inf)
 
 
+def of_matrix(setting: float | Tensor) -> float | Tensor:
+    """A setting that is one number for the whole matrix; tuned per tensor it comes repeated for each entry."""
+    return setting.reshape(-1)[0] if isinstance(setting, Tensor) else setting
+
+
 def orthogonalize(matrix: Tensor, settings: Settings) -> Tensor:
     """About ``U V^T`` of ``matrix = U S V^T``, by Newton-Schulz iterations (Jordan et al. 2024)."""
-    a, b, c = settings["ns_coefficients"]
+    a, b, c = map(of_matrix, settings["ns_coefficients"])
+    eps = of_matrix(settings["eps"])
     wide = matrix.size(0) <= matrix.size(1)
     x = matrix.to(NEWTON_SCHULZ_DTYPE)
     x = x if wide else x.T
     norm = x.norm()
-    x = x / torch.maximum(norm, torch.as_tensor(settings["eps"], dtype=norm.dtype, device=norm.device))
+    x = x / torch.maximum(norm, torch.as_tensor(eps, dtype=norm.dtype, device=norm.device))
     for _ in range(settings["ns_steps"]):
         gram = x @ x.T
         x = _addmm(x, _addmm(gram, gram, gram, b, c), x, a, 1)
@@ -54,7 +60,7 @@ def muon(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple
     lr, momentum = settings["lr"], settings["momentum"]
     buffer = lerp(state.get("momentum_buffer", torch.zeros_like(grad)), grad, 1 - momentum)
     direction = lerp(grad, buffer, momentum) if settings["nesterov"] else buffer
-    direction = orthogonalize(direction, settings)
+    direction = orthogonalize(direction, settings).to(param.dtype)
     param = param * (1 - lr * settings["weight_decay"])
     return add_scaled(param, direction, -lr * lr_ratio(param.shape, settings)), {"momentum_buffer": buffer}
 

@@ -21,8 +21,8 @@ from .base import POSITIVE, Settings, State, addcmul, register_update, signed
 )
 def rprop(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
     """Resilient backpropagation (Riedmiller and Braun 1993): only the signs of the gradient count."""
-    shrink, grow = settings["etas"]
-    smallest, largest = (torch.as_tensor(s, dtype=param.dtype, device=param.device) for s in settings["step_sizes"])
+    numbers = (*settings["etas"], *settings["step_sizes"])
+    shrink, grow, smallest, largest = (torch.as_tensor(s, dtype=param.dtype, device=param.device) for s in numbers)
     grad = signed(grad, settings)
     first = state.get("step", 0) == 0
     step_size = torch.zeros_like(param) + settings["lr"] if first else state["step_size"]

@@ -58,7 +58,7 @@ def asgd(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple
     eta = scalar_value(state["eta"] if "eta" in state else scalar_tensor(lr, param))
     average = state.get("ax", torch.zeros_like(param))
     param = add_scaled(param * (1 - lambd * eta), grad, -eta)
-    weight = 1 / max(1, step - 1 - settings["t0"])
+    weight = scalar_tensor(1 / max(1, step - 1 - settings["t0"])).item()
     state = {
         "step": step,
         "eta": scalar_tensor(lr / ((1 + lambd * lr * step) ** settings["alpha"]), param),

@@ -1,0 +1,166 @@
+"""The order of the package: each module imports from lower ones alone, siblings know no more than their base, every
+public name is there and documented, and no file outgrows its reader."""
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import torch_hypergrad
+
+PACKAGE = Path(torch_hypergrad.__file__).parent
+MAX_LINES = 400
+
+# From the bottom up. What stands on one line knows nothing of its neighbours; what stands nowhere here is the user's
+# layer, above all of these.
+ORDER = (
+    ("errors",),
+    ("vectors",),
+    ("buckets",),
+    ("autodiff",),
+    ("updates",),
+    ("hyperparameters",),
+    ("training",),
+    ("solvers", "trajectory"),
+    ("methods",),
+    ("hyper_optimizer",),
+    ("testing",),
+)
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+APART = {("solvers", "training")}  # the first may not import the second, though it is lower: solvers know vectors alone
+TOP = len(ORDER)
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted(file: Path) -> tuple[str, ...]:
+    """The module's name inside the package: ("updates", "adam"); a package's own file is ("updates", "__init__")."""
+    return file.relative_to(PACKAGE).with_suffix("").parts
+
+
+MODULES = {dotted(file) for file in FILES}
+
+
+def submodules(base: tuple[str, ...], names: list[str]) -> Iterator[tuple[str, ...]]:
+    """What ``from base import names`` reads: submodules where names are such, else the module ``base`` itself."""
+    for name in names:
+        inner = (*base, name)
+        yield inner if inner in MODULES or (*inner, "__init__") in MODULES else base
+
+
+def imports_of(source: str, module: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The modules of the package that ``source`` imports, wherever in the file, relatively or absolutely."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                package, *inner = alias.name.split(".")
+                if package == PACKAGE.name:
+                    yield tuple(inner)
+        elif isinstance(node, ast.ImportFrom):
+            path = tuple(node.module.split(".")) if node.module else ()
+            names = [alias.name for alias in node.names]
+            if node.level:
+                yield from submodules((*module[: len(module) - node.level], *path), names)
+            elif path and path[0] == PACKAGE.name:
+                yield from submodules(path[1:], names)
+
+
+def complaint(module: tuple[str, ...], imported: tuple[str, ...]) -> str | None:
+    """Why ``module`` may not import ``imported``, or None."""
+    if module == ("__init__",):
+        return None
+    if not imported:
+        return None if module[0] not in LEVEL else "imports the whole package"
+    own, other = module[0], imported[0]
+    if own == other:
+        if module[-1] == "__init__":
+            return None
+        return None if imported[1:] == ("base",) else "imports a sibling other than base"
+    if (own, other) in APART:
+        return f"may not know {other}"
+    own_level, other_level = LEVEL.get(own, TOP), LEVEL.get(other, TOP)
+    if other_level < own_level or own_level == other_level == TOP:
+        return None
+    return f"is on level {own_level} and imports from level {other_level}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(dotted(file)))
+def test_a_module_imports_from_lower_ones_alone(file):
+    module = dotted(file)
+    found = {other: complaint(module, other) for other in imports_of(file.read_text(), module)}
+    assert not {".".join(other): why for other, why in found.items() if why}
+
+
+def test_every_level_is_a_module():
+    assert set(LEVEL) <= {module[0] for module in MODULES}
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (("vectors",), "from .updates import rule_of"),
+        (("solvers", "cg"), "from ..training import Training"),
+        (("solvers", "cg"), "from .neumann import Neumann"),
+        (("solvers", "cg"), "from . import neumann"),
+        (("trajectory",), "from .solvers import CG"),
+        (("updates", "adam"), "def late():\n    from .sgd import sgd"),
+        (("updates", "adam"), "from ..hyperparameters import Hyperparameter"),
+        (("updates", "__init__"), "from ..training import Training"),
+        (("training",), "from . import methods"),
+        (("methods", "unrolled"), "from torch_hypergrad.hyper_optimizer import HyperOptimizer"),
+        (("methods", "unrolled"), "import torch_hypergrad.testing"),
+        (("methods", "unrolled"), "from torch_hypergrad import CG"),
+        (("testing",), "from .cli import main"),
+    ],
+)
+def test_the_walls_stop_what_breaks_the_order(module, source):
+    assert any(complaint(module, other) for other in imports_of(source, module))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (("solvers", "cg"), "from .base import Solver\nfrom ..errors import SolverError\nimport torch"),
+        (("solvers", "__init__"), "from .cg import CG"),
+        (("methods", "implicit"), "from .. import autodiff\nfrom ..solvers import Solver\nfrom ..trajectory import pack_step"),
+        (("training",), "from .updates.base import scalar_dtype"),
+        (("cli",), "from . import HyperOptimizer\nfrom .config import load"),
+    ],
+)
+def test_the_walls_let_the_rest_pass(module, source):
+    assert not [other for other in imports_of(source, module) if complaint(module, other)]
+
+
+@pytest.mark.parametrize("name", torch_hypergrad.__all__)
+def test_a_public_name_is_there_and_documented(name):
+    thing = getattr(torch_hypergrad, name)
+    text = inspect.getdoc(thing)
+    assert text, f"{name} has no docstring"
+    assert not text.startswith(f"{name}("), f"{name} has no docstring of its own, only what dataclass makes up"
+
+
+@pytest.mark.parametrize("name", [n for n in torch_hypergrad.__all__ if inspect.isclass(getattr(torch_hypergrad, n))])
+def test_the_public_methods_of_a_public_class_are_documented(name):
+    thing = getattr(torch_hypergrad, name)
+    methods = [m for m, value in vars(thing).items() if not m.startswith("_") and inspect.isfunction(value)]
+    assert not [m for m in methods if not inspect.getdoc(getattr(thing, m))]
+
+
+def test_public_names_are_sorted_out():
+    """The public API is what is exported, no more: no name twice, no private one, no module left over."""
+    exported = torch_hypergrad.__all__
+    assert len(set(exported)) == len(exported)
+    assert not [name for name in exported if name.startswith("_")]
+    assert not [name for name in exported if inspect.ismodule(getattr(torch_hypergrad, name))]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(dotted(file)))
+def test_a_file_stays_short(file):
+    assert len(file.read_text().splitlines()) < MAX_LINES
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(dotted(file)))
+def test_a_file_says_what_it_holds(file):
+    assert ast.get_docstring(ast.parse(file.read_text()))
