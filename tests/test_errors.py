@@ -893,24 +893,24 @@ TWO = (Hyperparameter("lr"), Hyperparameter("weight_decay"))
 @pytest.mark.parametrize(
     ("saved", "loaded", "words"),
     [
-        ({"model": partial(network, width=5)}, {}, ["another", "parameter", "'0.weight'", "[5, 3]", "[4, 3]"]),
+        ({"model": partial(network, width=5)}, {}, ["another model", "'0.weight'", "[5, 3]", "[4, 3]"]),
         (
             {"model": lambda: nn.Sequential(network()), "tune": LR},
             {"tune": LR},
-            ["another", "parameter", "'0.0.weight'", "none"],
+            ["another model", "'0.0.weight'", "none"],
         ),
-        ({"tune": DECAY}, {"tune": LR}, ["another", "hyperparameter", "'weight_decay/group0'", "none"]),
-        ({"tune": ELEMENT}, {"tune": DECAY}, ["another", "hyperparameter", "'weight_decay/0.weight'"]),
-        ({"tune": TWO}, {"tune": TWO[::-1]}, ["another", "hyperparameter", "order"]),
+        ({"tune": DECAY}, {"tune": LR}, ["another hyperparameter", "'weight_decay/group0'", "none"]),
+        ({"tune": ELEMENT}, {"tune": DECAY}, ["another hyperparameter", "'weight_decay/0.weight'"]),
+        ({"tune": TWO}, {"tune": TWO[::-1]}, ["another hyperparameter", "order"]),
         (
             {"tune": [Hyperparameter("lr", log=True)]},
             {"tune": LR},
-            ["another", "hyperparameter", "lr", "log"],
+            ["another hyperparameter", "lr", "log"],
         ),
         ({"tune": [Hyperparameter("lr", init=0.5)]}, {"tune": [Hyperparameter("lr", high=0.1)]}, ["lr", "0.1"]),
-        ({"optimizer": partial(torch.optim.AdamW, lr=0.1)}, {}, ["another", "optimizer", "AdamW", "Adam"]),
-        ({"method": ForwardMode()}, {}, ["another", "method", "ForwardMode()", "Unrolled("]),
-        ({"method": Unrolled(truncation=2)}, {}, ["another", "method", "truncation=2", "truncation=None"]),
+        ({"optimizer": partial(torch.optim.AdamW, lr=0.1)}, {}, ["another optimizer", "AdamW", "Adam"]),
+        ({"method": ForwardMode()}, {}, ["another method", "ForwardMode()", "Unrolled("]),
+        ({"method": Unrolled(truncation=2)}, {}, ["another method", "truncation=2", "truncation=None"]),
         ({"hyper_optimizer": partial(torch.optim.Adam, lr=0.1)}, {}, ["another", "hyper", "Adam", "SGD"]),
         (
             {"optimizer": lambda p, model: two_groups(model, sizes=[6]), "tune": ELEMENT},
@@ -920,7 +920,7 @@ TWO = (Hyperparameter("lr"), Hyperparameter("weight_decay"))
         (
             {"model": lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)).double()},
             {"model": lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()},
-            ["another", "model", "running_mean"],
+            ["another model", "running_mean"],
         ),
     ],
     ids=short,

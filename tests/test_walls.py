@@ -21,10 +21,16 @@ ORDER = (
     ("buckets",),
     ("autodiff",),
     ("updates",),
+    ("granularity",),
     ("hyperparameters",),
+    ("tuned",),
+    ("hyperparameter_set",),
+    ("records",),
+    ("model_state", "optimizer_state"),
     ("training",),
-    ("solvers", "trajectory"),
+    ("solvers", "trajectory", "watch"),
     ("methods",),
+    ("checks", "checkpoint"),
     ("hyper_optimizer",),
     ("testing",),
 )
@@ -72,18 +78,20 @@ def complaint(module: tuple[str, ...], imported: tuple[str, ...]) -> str | None:
     if module == ("__init__",):
         return None
     if not imported:
-        return None if module[0] not in LEVEL else "imports the whole package"
+        return None if module[0] not in LEVEL else "is the whole package"
     own, other = module[0], imported[0]
     if own == other:
         if module[-1] == "__init__":
             return None
-        return None if imported[1:] == ("base",) else "imports a sibling other than base"
+        return None if imported[1:] == ("base",) else "is a sibling other than base"
     if (own, other) in APART:
         return f"may not know {other}"
     own_level, other_level = LEVEL.get(own, TOP), LEVEL.get(other, TOP)
     if other_level < own_level or own_level == other_level == TOP:
         return None
-    return f"is on level {own_level} and imports from level {other_level}"
+    if other_level == TOP:
+        return "belongs to the user's layer, or needs a place in ORDER"
+    return f"is on level {other_level} and the importing module on level {own_level}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(dotted(file)))

@@ -84,6 +84,23 @@ def differentiable_kernels(*, recurrent: bool) -> Iterator[None]:
         yield
 
 
+def refuse_once_differentiable(grads: Sequence[Tensor]) -> None:
+    """Looks for functions marked ``once_differentiable`` in the graph of gradients.
+
+    autograd would leave them out in silence: the node that raises is not on the way to the parameters.
+    """
+    seen: set[object] = set()
+    waiting = [g.grad_fn for g in grads]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise NotTwiceDifferentiableError(_explanation("a function is marked once_differentiable."))
+        waiting += [following for following, _ in node.next_functions]
+
+
 _NO_SECOND_DERIVATIVE = (
     "double backward",
     "Double backward",
@@ -101,8 +118,12 @@ def explain_missing_second_derivative() -> Iterator[None]:
     except (RuntimeError, NotImplementedError) as error:
         if not any(words in str(error) for words in _NO_SECOND_DERIVATIVE):
             raise
-        raise NotTwiceDifferentiableError(
-            f"A part of the training loss cannot be differentiated twice. PyTorch said: {str(error).strip()} "
-            "Hypergradients need the derivative of the gradient. Compiled modules and custom functions often have "
-            "none: pass the module before torch.compile, or write the custom backward in differentiable operations."
-        ) from error
+        raise NotTwiceDifferentiableError(_explanation(f"PyTorch said: {str(error).strip()}")) from error
+
+
+def _explanation(reason: str) -> str:
+    return (
+        f"A part of the training loss cannot be differentiated twice: {reason} Hypergradients need the derivative of the "
+        "gradient. Compiled modules and custom functions often have none: pass the module before torch.compile, or write the "
+        "custom backward in differentiable operations."
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import autodiff
+from .checkpoint import check_checkpoint, fingerprint
+from .checks import check_hyper_optimizer, check_not_compiled, check_tuned_tensors, check_types, parameter_names
 from .errors import NonFiniteError, TrajectoryError
-from .hyperparameters import HyperparameterSet
+from .hyperparameter_set import HyperparameterSet
 from .methods import Method, SolveStatistics, Validation
-from .training import GradTransform, Loss, State, Training, check_loss
+from .training import GradTransform, Loss, Training, check_loss
 from .trajectory import pack_state, unpack_state
 from .updates import rule_of
+from .watch import Watch, tampering
 
 
 @dataclass(frozen=True)
@@ -91,14 +94,14 @@ class HyperOptimizer:
         val_loss: Loss | None = None,
         grad_transform: GradTransform | None = None,
     ) -> None:
-        _check_types(model, optimizer, train_loss, method, hyper_optimizer, val_loss, grad_transform)
-        _check_not_compiled(model)
+        check_types(model, optimizer, train_loss, method, hyper_optimizer, val_loss, grad_transform)
         rule = rule_of(optimizer)
-        names = _parameter_names(model, optimizer)
+        names = parameter_names(model, optimizer)
         tune = [tune] if not isinstance(tune, (list, tuple)) else list(tune)
         hyperparameters = HyperparameterSet(tune, optimizer.param_groups, names, rule)
         method.check(hyperparameters, rule, type(optimizer).__name__)
-        _check_tuned_tensors(hyperparameters, optimizer, val_loss)
+        check_not_compiled([model, *hyperparameters.modules])
+        check_tuned_tensors(hyperparameters, optimizer, val_loss)
         self.model, self.optimizer = model, optimizer
         self._hyperparameters, self._method = hyperparameters, method
         self._val_loss = train_loss if val_loss is None else val_loss
@@ -114,15 +117,10 @@ class HyperOptimizer:
         )
         self._recording = method.start(self._training)
         self.hyper_optimizer = hyper_optimizer([tuned.leaf for tuned in hyperparameters.all])
-        if not isinstance(self.hyper_optimizer, Optimizer):
-            raise TypeError(
-                f"hyper_optimizer must make a torch Optimizer from a list of tensors, but returned "
-                f"{type(self.hyper_optimizer).__name__}. Pass functools.partial(torch.optim.Adam, lr=1e-2) or the like."
-            )
-        self._origin = self._training.capture(buffers=True)
+        check_hyper_optimizer(self.hyper_optimizer, hyperparameters)
+        self._watch = Watch(self._training)
+        self._origin = self._training.capture()
         self._number = 0
-        self._written: State | None = None
-        self._versions = hyperparameters.versions()
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -142,20 +140,18 @@ class HyperOptimizer:
                 hyperparameters since the recording began.
         """
         training, recording = self._training, self._recording
-        self._check_untouched()
-        state = training.capture(buffers=recording.wants_buffers())
-        tampered = None
-        if recording.checks_parameters and self._written is not None:
-            tampered = training.differs(state, self._written)
-            if tampered.device.type == "cpu" and bool(tampered):  # elsewhere it waits for the hyper step: no synchronization
-                raise TrajectoryError(_tampering("a parameter", self._number))
-        step = training.begin(self._number, batch)
-        loss, grads = training.gradients(batch, create_graph=recording.create_graph)
-        step = training.finish(step, loss, grads, tampered)
-        after = training.advance(state, grads, step)
-        recording.record(step, state, grads)
+        self._watch.check(self._number)
+        state = training.capture()
+        tampered = self._watch.compare(state, self._number)
+        with training.undone_on_error(state):
+            step = training.begin(self._number, batch, tampered)
+            loss, grads = training.gradients(batch, create_graph=recording.create_graph)
+            step = training.finish(step, loss, grads)
+            after = training.advance(state, grads, step)
+            recording.record(step, state, grads)
         training.write(after)
-        self._written = after if recording.checks_parameters else None
+        if recording.checks_parameters:
+            self._watch.step_written(after)
         self._number += 1
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # LR schedulers look here for the order of calls
         return loss.detach()
@@ -163,10 +159,7 @@ class HyperOptimizer:
     def restart(self) -> None:
         """Puts parameters, buffers and the optimizer's state back to where this HyperOptimizer began, and begins a new
         episode. Hyperparameters stay; recorded steps are dropped."""
-        for p in self._training.params:
-            self.optimizer.state.pop(p, None)
-        self._training.load(self._origin)
-        self._training.reset_optimizer_state(self._origin)
+        self._training.reset(self._origin)
         self._begin_window()
         self._number = 0
 
@@ -184,13 +177,13 @@ class HyperOptimizer:
         """Replaces values by name, for instance to go on from a grid search.
 
         Raises:
-            ValueError: for an unknown name or another shape.
+            ValueError: for an unknown name, another shape, or values out of bounds; nothing has changed then.
             TrajectoryError: in the middle of a recorded window, which was trained with the old values.
         """
-        if any(True for _ in self._recording.steps()) and self._recording.checks_parameters:
-            raise TrajectoryError(_tampering("a hyperparameter", self._number))
+        if self._recording.checks_parameters and any(True for _ in self._recording.steps()):
+            raise TrajectoryError(tampering("a hyperparameter", self._number))
+        self._hyperparameters.check_values(values)
         self._hyperparameters.set_values(values)
-        self._versions = self._hyperparameters.versions()
 
     def validation_loss(self, val_batch: Any) -> Tensor:
         """The validation loss at the current weights, a scalar without graph. Changes nothing, buffers and random number
@@ -240,7 +233,7 @@ class HyperOptimizer:
 
     def _hypergradient(self, val_batch: Any) -> tuple[list[Tensor], float, float, SolveStatistics]:
         training = self._training
-        self._check_untouched()
+        self._watch.check(self._number)
         self._check_recorded()
         with training.preserved():
             validation = self._validation(val_batch)
@@ -273,15 +266,6 @@ class HyperOptimizer:
 
     # ---- checks ---------------------------------------------------------------------------------------------------
 
-    def _check_untouched(self) -> None:
-        if not self._recording.checks_parameters or self._written is None:
-            return
-        changed = self._training.changed()
-        if changed is None and self._versions != self._hyperparameters.versions():
-            changed = "a hyperparameter"
-        if changed is not None:
-            raise TrajectoryError(_tampering(changed, self._number))
-
     def _check_recorded(self) -> None:
         steps = list(self._recording.steps())
         if not steps:
@@ -297,18 +281,13 @@ class HyperOptimizer:
                 "derivative. Lower the learning rate, clip gradients with grad_transform, or restart(). Nothing was changed."
             )
         flags = [(step.number, step.tampered) for step in steps if step.tampered is not None]
-        if self._written is not None:
-            now = self._training.capture(buffers=False)
-            flags.append((self._number, self._training.differs(now, self._written)))
-        if flags:
-            tampered = torch.stack([flag for _, flag in flags])
-            if bool(tampered.any()):
-                raise TrajectoryError(_tampering("a parameter", flags[int(tampered.nonzero()[0])][0]))
+        if flags and bool((found := torch.stack([flag for _, flag in flags])).any()):
+            raise TrajectoryError(tampering("a parameter", flags[int(found.nonzero()[0])][0]))
+        self._watch.check_values(self._number)
 
     def _begin_window(self) -> None:
         self._recording.clear()
-        self._written = None
-        self._versions = self._hyperparameters.versions()
+        self._watch.reset()
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -318,18 +297,19 @@ class HyperOptimizer:
 
         Plain containers of tensors, which ``torch.load(..., weights_only=True)`` takes, if the batches are such.
         """
-        surroundings = self._training.surroundings()
         return {
             "fingerprint": self._fingerprint(),
             "model": self.model.state_dict(),
+            "modules": [module.state_dict() for module in self._hyperparameters.modules],
             "optimizer": self.optimizer.state_dict(),
             "hyperparameters": [tuned.leaf.detach().clone() for tuned in self._hyperparameters.all],
             "bases": [setting.base for setting in self._hyperparameters.settings],
             "hyper_optimizer": self.hyper_optimizer.state_dict(),
             "recording": self._recording.state_dict(),
             "origin": pack_state(self._origin),
+            "state": pack_state(replace(self._training.capture(), params=())),  # buffers that are not persistent, and dtypes
             "number": self._number,
-            "rng": list(surroundings.rng),
+            "rng": list(self._training.model_state.surroundings().rng),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -338,125 +318,29 @@ class HyperOptimizer:
         Sets the global random number generators too.
 
         Raises:
+            TypeError: if ``state_dict`` is no dict.
             ValueError: if it was saved with another model, optimizer, method or other hyperparameters; nothing has
                 changed then.
         """
-        self._check_fingerprint(state_dict)
+        training, hyperparameters = self._training, self._hyperparameters
+        check_checkpoint(state_dict, self._fingerprint(), hyperparameters)
         self.model.load_state_dict(state_dict["model"])
+        for module, saved in zip(hyperparameters.modules, state_dict["modules"]):
+            module.load_state_dict(saved)
         self.optimizer.load_state_dict(state_dict["optimizer"])
-        with torch.no_grad():
-            for tuned, saved in zip(self._hyperparameters.all, state_dict["hyperparameters"]):
-                tuned.leaf.copy_(saved)
-        for setting, base in zip(self._hyperparameters.settings, state_dict["bases"]):
+        training.reset(unpack_state(state_dict["state"], training))
+        for setting, base in zip(hyperparameters.settings, state_dict["bases"]):
             setting.base = base
-            setting.project()
+        for tuned, leaf in zip(hyperparameters.all, state_dict["hyperparameters"]):
+            tuned.set_leaf(leaf)
         self.hyper_optimizer.load_state_dict(state_dict["hyper_optimizer"])
-        self._origin = unpack_state(state_dict["origin"], self._training)
+        self._origin = unpack_state(state_dict["origin"], training)
         self._begin_window()
         self._recording.load_state_dict(state_dict["recording"])
-        self._training.capture(buffers=False)
-        self._training.mark_written()
         self._number = state_dict["number"]
-        self._training.set_rng(state_dict["rng"])
+        training.model_state.set_rng(state_dict["rng"])
         if self._recording.checks_parameters and any(True for _ in self._recording.steps()):
-            self._written = self._training.capture(buffers=False)
+            self._watch.step_written(training.capture())
 
     def _fingerprint(self) -> dict[str, Any]:
-        return {
-            "optimizer": type(self.optimizer).__name__,
-            "method": repr(self._method),
-            "parameters": {n: list(p.shape) for n, p in zip(self._training.names, self._training.params)},
-            "hyperparameters": {n: list(v.shape) for n, v in self.values().items()},
-        }
-
-    def _check_fingerprint(self, state_dict: dict[str, Any]) -> None:
-        if "fingerprint" not in state_dict:
-            raise ValueError(
-                f"This is no checkpoint of a HyperOptimizer: it has the keys {sorted(state_dict)[:5]}. Save with "
-                "torch.save(hyper.state_dict(), path)."
-            )
-        for kind, own in self._fingerprint().items():
-            saved = state_dict["fingerprint"][kind]
-            if saved != own:
-                raise ValueError(
-                    f"The checkpoint was saved with another {kind.rstrip('s')}: {_difference(saved, own)}. Make the "
-                    "HyperOptimizer as it was made for the saved run, then load. Nothing was changed."
-                )
-
-
-def _difference(saved: Any, own: Any) -> str:
-    if not isinstance(own, dict):
-        return f"{saved} there, {own} here"
-    for name in (*saved, *own):
-        if saved.get(name) != own.get(name):
-            return f"{name!r} has shape {saved.get(name, 'none')} there and {own.get(name, 'none')} here"
-    return "the same entries in another order"
-
-
-def _tampering(what: str, number: int) -> str:
-    return (
-        f"Somebody else wrote to {what} before training step {number + 1}, in the middle of a recorded window. The recorded "
-        "steps no longer lead to the current weights, so they cannot be differentiated. Do it after a hyper step or "
-        "restart(), which end the window, or as a part of the training loss or grad_transform; with method=Implicit weights "
-        "may be changed at any time."
-    )
-
-
-def _check_types(
-    model: Any, optimizer: Any, train_loss: Any, method: Any, hyper_optimizer: Any, val_loss: Any, grad_transform: Any
-) -> None:
-    for name, value, kind in (("model", model, nn.Module), ("optimizer", optimizer, Optimizer), ("method", method, Method)):
-        if not isinstance(value, kind):
-            shown = value.__name__ + " (a class: make an instance of it)" if isinstance(value, type) else repr(value)
-            raise TypeError(f"HyperOptimizer: {name} must be a {kind.__name__}, got {shown}.")
-    for name, value, optional in (
-        ("train_loss", train_loss, False),
-        ("hyper_optimizer", hyper_optimizer, False),
-        ("val_loss", val_loss, True),
-        ("grad_transform", grad_transform, True),
-    ):
-        if not (callable(value) or (optional and value is None)):
-            raise TypeError(f"HyperOptimizer: {name} must be a function, got {value!r}.")
-
-
-def _check_not_compiled(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                f"The module {name or 'model'!r} is compiled, and torch.compile gives no second derivative, which every "
-                "hypergradient needs. Pass the module from before torch.compile."
-            )
-
-
-def _parameter_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    found = []
-    for g, group in enumerate(optimizer.param_groups):
-        for p in group["params"]:
-            if id(p) not in names:
-                raise ValueError(
-                    f"The optimizer's group {g} holds a parameter of shape {tuple(p.shape)} that is not one of the model's. "
-                    "Likely causes: an optimizer made for another model, or before the model's parameters were replaced."
-                )
-            if p.is_complex() or p.layout is not torch.strided:
-                raise ValueError(
-                    f"The parameter {names[id(p)]!r} is {'complex' if p.is_complex() else 'sparse'}. Update rules are for "
-                    "real, dense parameters: hold real and imaginary parts as two parameters, or make it dense."
-                )
-        found.append([names[id(p)] for p in group["params"]])
-    return found
-
-
-def _check_tuned_tensors(hyperparameters: HyperparameterSet, optimizer: Optimizer, val_loss: Loss | None) -> None:
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for tuned in hyperparameters.tensors:
-        if id(tuned.leaf) in trained:
-            raise ValueError(
-                f"{tuned.name!r} is both tuned and trained: the optimizer holds it as a parameter. Take it out of the one or "
-                "the other."
-            )
-    if hyperparameters.tensors and val_loss is None:
-        raise ValueError(
-            f"tune holds {hyperparameters.tensors[0].name!r}, which the training loss reads, and val_loss is not given. "
-            "Validation must not see what is tuned (example weights, augmentation): pass val_loss=..., a plain loss."
-        )
+        return fingerprint(self.model, self.optimizer, self._method, self._hyperparameters, self.hyper_optimizer)

@@ -135,8 +135,8 @@ def _trained(
     torch.manual_seed(seed)
     for t in range(len(train_batches) + 1):
         if buffers is not None:
-            hyper._training.set_buffers(buffers[t])
-        found.append(hyper._training.buffers())
+            hyper._training.model_state.set_buffers(buffers[t])
+        found.append(hyper._training.model_state.buffers())
         if t < len(train_batches):
             hyper.step(train_batches[t])
     return hyper, found
@@ -155,7 +155,7 @@ def _validation_loss(
     def perturb(hyper: HyperOptimizer) -> None:
         value = hyper.values()[name]
         value.view(-1)[index] += shift
-        hyper.set_values({name: value})
+        hyper._hyperparameters.set_values({name: value})  # also out of bounds: zero starts have two sides
 
     hyper, _ = _trained(make, train_batches, seed, buffers, perturb)
     return hyper.validation_loss(val_batch).item()

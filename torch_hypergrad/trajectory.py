@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .training import State, Step, Surroundings, Training, versions_of
+from .records import State, Step, Surroundings, versions_of
+from .training import Training
 
 
 class Trajectory:
@@ -133,7 +134,7 @@ def next_snapshot(num_states: int, num_free: int) -> int:
     repeats = 0
     while math.comb(num_free + 1 + repeats, repeats) < num_states:
         repeats += 1
-    return min(math.comb(num_free + repeats, repeats - 1), num_states - 1)
+    return min(math.comb(num_free + repeats, repeats - 1), num_states - math.comb(num_free + repeats - 1, repeats - 1))
 
 
 class Offloaded:
@@ -193,7 +194,7 @@ def pack_state(state: State) -> dict[str, Any]:
 
 def unpack_state(packed: dict[str, Any], training: Training) -> State:
     """The transpose of :func:`pack_state`, on the devices of the parameters."""
-    buckets = tuple(training.bucket(indices) for indices in packed["buckets"])
+    buckets = tuple(training.optimizer_state.bucket(indices) for indices in packed["buckets"])
     buffers = packed["buffers"]
     return State(
         buckets,

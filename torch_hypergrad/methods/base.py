@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..hyperparameters import HyperparameterSet
-from ..training import State, Step, Training
+from ..hyperparameter_set import HyperparameterSet
+from ..records import State, Step
+from ..training import Training
 from ..updates import UpdateRule
 
 
@@ -50,10 +51,6 @@ class Recording(ABC):
 
     checks_parameters = True
     """Whether nobody else may write to the parameters while steps are recorded."""
-
-    @abstractmethod
-    def wants_buffers(self) -> bool:
-        """Whether the state given to the next :meth:`record` must hold buffers."""
 
     @abstractmethod
     def record(self, step: Step, state: State, grads: Sequence[Tensor | None]) -> None:

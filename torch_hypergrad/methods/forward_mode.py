@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import autodiff
 from ..buckets import as_list
-from ..hyperparameters import HyperparameterSet
-from ..training import State, Step, Training
+from ..hyperparameter_set import HyperparameterSet
+from ..records import State, Step
+from ..training import Training
 from ..trajectory import pack_state, pack_step, unpack_state, unpack_step
 from ..updates import UpdateRule
 from .base import Method, Recording, SolveStatistics, Validation, add_direct
@@ -63,9 +64,6 @@ class ForwardRecording(Recording):
         self._directions = [
             Direction(j, entry) for j, tuned in enumerate(self._hyperparameters.all) for entry in range(tuned.leaf.numel())
         ]
-
-    def wants_buffers(self) -> bool:
-        return False
 
     def steps(self) -> Iterable[Step]:
         return self._steps

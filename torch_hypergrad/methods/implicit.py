@@ -13,10 +13,13 @@ from torch import Tensor
 from .. import autodiff
 from ..buckets import Bucket
 from ..errors import SolverError
-from ..hyperparameters import HyperparameterSet, TunedSetting
+from ..hyperparameter_set import HyperparameterSet
+from ..records import State, Step
 from ..solvers import Solver
-from ..training import State, Step, Training
+from ..solvers.base import check_positive_int
+from ..training import Training
 from ..trajectory import pack_step, unpack_step
+from ..tuned import TunedSetting
 from ..updates import UpdateRule
 from .base import Method, Recording, SolveStatistics, Validation, add_direct
 
@@ -53,8 +56,7 @@ class Implicit(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.solver, Solver):
             raise TypeError(f"Implicit: solver must be a Solver such as Neumann(20), got {self.solver!r}.")
-        if not isinstance(self.num_batches, int) or isinstance(self.num_batches, bool) or self.num_batches < 1:
-            raise ValueError(f"Implicit: num_batches must be an int of at least 1, got {self.num_batches!r}.")
+        check_positive_int(self.num_batches, "Implicit: num_batches")
 
     def check(self, hyperparameters: HyperparameterSet, rule: UpdateRule, optimizer_name: str) -> None:
         """Refuses settings that do not move the optimum."""
@@ -92,9 +94,6 @@ class ImplicitRecording(Recording):
         self._training, self._solver = training, solver
         self._steps: deque[Step] = deque(maxlen=num_batches)
 
-    def wants_buffers(self) -> bool:
-        return False
-
     def record(self, step: Step, state: State, grads: Sequence[Tensor | None]) -> None:
         self._steps.append(step)
 
@@ -113,7 +112,7 @@ class ImplicitRecording(Recording):
 
     def hypergradient(self, validation: Validation) -> tuple[list[Tensor], SolveStatistics]:
         training, hyperparameters = self._training, self._training.hyperparameters
-        state = training.capture(buffers=False)
+        state = training.capture()
         grads = self._mean_gradients()
         active = [g is not None for g in grads]
         state = training.refine(state, active)
@@ -123,15 +122,15 @@ class ImplicitRecording(Recording):
             for bucket in buckets
         }
         stationarity = self._stationarity(state, buckets, grads, tuned)
-        if not stationarity.requires_grad:
-            raise SolverError(
-                "The training gradient does not depend on the parameters: the loss is linear in them and has no optimum. "
-                "Use a strictly convex loss, weight decay, or method=Unrolled()."
-            )
         params = [training.params[i] for bucket in buckets for i in bucket.indices]
 
         def matvec(v: Tensor) -> Tensor:
             found = autodiff.gradients([stationarity], params, [v], retain_graph=True)
+            if all(product is None for product in found):
+                raise SolverError(
+                    "The training gradient does not depend on the parameters: the loss is linear in them and has no optimum. "
+                    "Use a strictly convex loss, weight decay, or method=Unrolled()."
+                )
             return _joined(found, params, like=v)
 
         b = _joined([validation.grads[i] for bucket in buckets for i in bucket.indices], params, like=stationarity.detach())

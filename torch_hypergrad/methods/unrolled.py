@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import autodiff
 from ..buckets import Bucket, as_list
-from ..hyperparameters import HyperparameterSet
-from ..training import State, Step, Training
+from ..hyperparameter_set import HyperparameterSet
+from ..records import State, Step
+from ..training import Training
 from ..trajectory import Trajectory
 from ..updates import UpdateRule
 from .base import Method, Recording, SolveStatistics, Validation, add_direct
@@ -87,9 +88,6 @@ class UnrolledRecording(Recording):
     def __init__(self, training: Training, trajectory: Trajectory) -> None:
         self._training, self._trajectory = training, trajectory
 
-    def wants_buffers(self) -> bool:
-        return self._trajectory.wants_state()
-
     def record(self, step: Step, state: State, grads: Sequence[Tensor | None]) -> None:
         self._trajectory.record(step, state)
 
@@ -116,7 +114,7 @@ class UnrolledRecording(Recording):
     def _final_adjoint(self, validation: Validation) -> Adjoint:
         params = self._training.params
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, validation.grads)]
-        buckets = self._training.capture(buffers=False).buckets
+        buckets = self._training.capture().buckets
         return Adjoint(buckets, tuple(b.gather(grads) for b in buckets), tuple({} for _ in buckets))
 
     def _step_back(self, step: Step, state: State, adjoint: Adjoint, totals: list[Tensor]) -> Adjoint:

@@ -61,5 +61,5 @@ class CG(Solver):
         return (
             f"CG met a direction of curvature {curvature:.3g} in iteration {steps}, and needs positive ones: the training "
             "Hessian, with decay and damping, is not positive definite. Training is not at a minimum: train longer before "
-            f"the hyper step, or pass CG(damping=...) above {max(-curvature, 0):.3g}."
+            f"the hyper step, or pass CG(damping=...) above {self.damping + max(-curvature, 0):.3g}."
         )

@@ -43,7 +43,7 @@ class Cholesky(Solver):
             raise SolverError(
                 f"Cholesky: the {len(b)} x {len(b)} training Hessian, with decay and damping, is not positive definite: its "
                 f"smallest eigenvalue is {smallest:.3g}. Training is not at a minimum, or the minimum is not unique: train "
-                f"longer, add weight decay, or pass Cholesky(damping=...) above {max(-smallest, 0):.3g}."
+                f"longer, add weight decay, or pass Cholesky(damping=...) above {self.damping + max(-smallest, 0):.3g}."
             )
         x = torch.cholesky_solve(b[:, None], factor)[:, 0]
         residual = float((b - matrix @ x).norm()) / norm if norm > 0 else 0.0

@@ -58,8 +58,13 @@ class Neumann(Solver):
             x = x + term
             term = term - scale * matvec(term)
         residual = float(term.norm()) / norm if norm > 0 else 0.0
+        if not math.isfinite(scale := float(scale)):
+            raise SolverError(
+                "Neumann: the training Hessian, with decay and damping, is zero, and has no inverse. The training loss is "
+                "flat or linear here: add weight decay or damping."
+            )
         if not math.isfinite(residual) or residual > 1.0 + 1e-6:
-            raise SolverError(self._divergence(residual, float(scale)))
+            raise SolverError(self._divergence(residual, scale))
         num_matvecs = self.num_terms + (NUM_POWER_ITERATIONS if self.scale is None else 0)
         return scale * x, SolveInfo(num_matvecs, residual)
 
@@ -81,4 +86,4 @@ def largest_eigenvalue(matvec: Matvec, like: Tensor) -> Tensor:
     for _ in range(NUM_POWER_ITERATIONS):
         v = matvec(v / size.clamp(min=torch.finfo(like.dtype).tiny))
         size = v.norm()
-    return size.clamp(min=torch.finfo(like.dtype).tiny)
+    return size

@@ -103,7 +103,7 @@ def nadam_stationarity(param: Tensor, grad: Tensor, state: State, settings: Sett
     if not settings["decoupled_weight_decay"]:
         return l2_stationarity(param, grad, state, settings)
     mu, mu_next = nadam_momenta(state["step"], settings)
-    mu_product = scalar_value(state["mu_product"])
+    mu_product = scalar_value(state["mu_product"], param)
     at_rest = (1.0 - mu) / (1.0 - mu_product) + mu_next / (1.0 - mu_product * mu_next)
     scale = preconditioner(state["exp_avg_sq"], state["step"], settings) / at_rest
     return decoupled_stationarity(param, grad, scale.detach(), settings)
@@ -123,7 +123,7 @@ def nadam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tupl
     step, exp_avg, exp_avg_sq = moments(grad, state, settings)
     mu, mu_next = nadam_momenta(step, settings)
     product = scalar_tensor((state["mu_product"] if "mu_product" in state else scalar_tensor(1.0)) * mu)
-    mu_product = scalar_value(product)
+    mu_product = scalar_value(product, param)
     denom = sqrt(exp_avg_sq / (1 - settings["betas"][1] ** step)) + settings["eps"]
     param = addcdiv(param, grad, denom, -lr * (1.0 - mu) / (1.0 - mu_product))
     param = addcdiv(param, exp_avg, denom, -lr * mu_next / (1.0 - mu_product * mu_next))

@@ -38,7 +38,9 @@ def adagrad(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tu
     """Adagrad (Duchi, Hazan and Singer 2011)."""
     step = state.get("step", 0) + 1
     grad = decayed(grad, param, settings)
-    total = state["sum"] if step > 1 else torch.zeros_like(param) + settings["initial_accumulator_value"]
+    start = settings["initial_accumulator_value"]
+    from_start = step == 1 and (isinstance(start, Tensor) or "sum" not in state)
+    total = torch.zeros_like(param) + start if from_start else state["sum"]
     total = addcmul(total, grad, grad, 1)
     rate = settings["lr"] / (1 + (step - 1) * settings["lr_decay"])
     return addcdiv(param, grad, sqrt(total) + settings["eps"], -rate), {"step": step, "sum": total}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,8 +83,9 @@ def register_update(
 
 def registered_rule(optimizer: Optimizer) -> UpdateRule | None:
     """The rule of the optimizer's class, or of the base class whose ``step`` it inherits unchanged."""
+    own = inspect.unwrap(type(optimizer).step)  # torch wraps the step of a class when its first instance is made
     for base in type(optimizer).__mro__:
-        if base in _RULES and base.step is type(optimizer).step:
+        if base in _RULES and inspect.unwrap(base.step) is own:
             return _RULES[base]
     return None
 
@@ -157,8 +159,9 @@ def scalar_tensor(value: float | Tensor, like: Tensor | None = None) -> Tensor:
     return torch.tensor(value, dtype=scalar_dtype(), device=device)
 
 
-def scalar_value(value: Tensor) -> float | Tensor:
-    """A number where that costs no synchronization and loses no derivative, else a float64 tensor."""
+def scalar_value(value: Tensor, param: Tensor) -> float | Tensor:
+    """A number where that costs no synchronization and loses no derivative, else a tensor in which ``param`` keeps its
+    dtype: float64 for one number, and ``param``'s own dtype for one number for each entry."""
     if value.ndim == 0 and value.device.type == "cpu" and not value.requires_grad:
         return value.item()
-    return value.double()
+    return value.double() if value.ndim == 0 else value.to(param.dtype)

@@ -55,7 +55,7 @@ def asgd(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple
     lr, lambd = settings["lr"], settings["lambd"]
     step = state.get("step", 0) + 1
     grad = decayed(grad, param, settings)
-    eta = scalar_value(state["eta"] if "eta" in state else scalar_tensor(lr, param))
+    eta = scalar_value(state["eta"] if "eta" in state else scalar_tensor(lr, param), param)
     average = state.get("ax", torch.zeros_like(param))
     param = add_scaled(param * (1 - lambd * eta), grad, -eta)
     weight = scalar_tensor(1 / max(1, step - 1 - settings["t0"])).item()

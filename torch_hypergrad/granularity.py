@@ -1,0 +1,115 @@
+"""How the values of one setting are laid out over the parameters of a group."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .buckets import Bucket
+from .vectors import Layout
+
+
+class Granularity(ABC):
+    """How the values of one setting are laid out over the parameters of a group. Adjoints of values are summed up
+    in the layout of the rules, and reduced to one for each value at the end."""
+
+    @abstractmethod
+    def count(self, layout: Layout, num_steps: int | None) -> tuple[int, ...]:
+        """Shape of the values."""
+
+    @abstractmethod
+    def lay_out(self, values: Tensor, layout: Layout, bucket: Bucket, step: int) -> Tensor:
+        """What the rule gets for ``bucket`` at training step number ``step``. Linear in ``values``."""
+
+    @abstractmethod
+    def add_adjoint(self, total: Tensor, part: Tensor, layout: Layout, bucket: Bucket, step: int) -> None:
+        """Adds the adjoint of what :meth:`lay_out` gave to ``total``."""
+
+    def zero_adjoint(self, values: Tensor, layout: Layout) -> Tensor:
+        """The ``total`` to begin with."""
+        return torch.zeros_like(values)
+
+    def reduce(self, total: Tensor, layout: Layout) -> Tensor:
+        """``total`` as one adjoint for each value."""
+        return total
+
+    def named(self, values: Tensor, setting: str, group: int, names: Sequence[str], layout: Layout) -> dict[str, Tensor]:
+        """The values by their public names."""
+        return {f"{setting}/group{group}": values}
+
+
+class PerGroup(Granularity):
+    """One number for the whole group."""
+
+    def count(self, layout: Layout, num_steps: int | None) -> tuple[int, ...]:
+        return ()
+
+    def lay_out(self, values: Tensor, layout: Layout, bucket: Bucket, step: int) -> Tensor:
+        return values.to(bucket.device)
+
+    def add_adjoint(self, total: Tensor, part: Tensor, layout: Layout, bucket: Bucket, step: int) -> None:
+        total += part.to(total.device)
+
+
+class PerStep(Granularity):
+    """One number for each training step of an episode."""
+
+    def count(self, layout: Layout, num_steps: int | None) -> tuple[int, ...]:
+        return (num_steps or 0,)
+
+    def lay_out(self, values: Tensor, layout: Layout, bucket: Bucket, step: int) -> Tensor:
+        return values[step].to(bucket.device)
+
+    def add_adjoint(self, total: Tensor, part: Tensor, layout: Layout, bucket: Bucket, step: int) -> None:
+        total[step] += part.to(total.device)
+
+
+class PerElement(Granularity):
+    """One number for each weight, in one vector over the group."""
+
+    def count(self, layout: Layout, num_steps: int | None) -> tuple[int, ...]:
+        return (layout.numel,)
+
+    def lay_out(self, values: Tensor, layout: Layout, bucket: Bucket, step: int) -> Tensor:
+        return layout.take(values, bucket.positions).to(bucket.device, bucket.dtype).view(bucket.shape)
+
+    def add_adjoint(self, total: Tensor, part: Tensor, layout: Layout, bucket: Bucket, step: int) -> None:
+        layout.add_at(total, bucket.positions, part.reshape(-1).to(total.device, total.dtype))
+
+    def named(self, values: Tensor, setting: str, group: int, names: Sequence[str], layout: Layout) -> dict[str, Tensor]:
+        return {f"{setting}/{name}": part for name, part in zip(names, layout.split(values))}
+
+
+class PerTensor(Granularity):
+    """One number for each parameter tensor, repeated over its weights."""
+
+    def count(self, layout: Layout, num_steps: int | None) -> tuple[int, ...]:
+        return (len(layout.sizes),)
+
+    def lay_out(self, values: Tensor, layout: Layout, bucket: Bucket, step: int) -> Tensor:
+        values = values.to(bucket.device, bucket.dtype)
+        repeated = [values[i].expand(layout.sizes[i]) for i in bucket.positions]
+        return torch.cat(repeated).view(bucket.shape)
+
+    def zero_adjoint(self, values: Tensor, layout: Layout) -> Tensor:
+        return values.new_zeros(layout.numel)
+
+    def add_adjoint(self, total: Tensor, part: Tensor, layout: Layout, bucket: Bucket, step: int) -> None:
+        layout.add_at(total, bucket.positions, part.reshape(-1).to(total.device, total.dtype))
+
+    def reduce(self, total: Tensor, layout: Layout) -> Tensor:
+        return torch.stack([part.sum() for part in total.split(layout.sizes)])
+
+    def named(self, values: Tensor, setting: str, group: int, names: Sequence[str], layout: Layout) -> dict[str, Tensor]:
+        return {f"{setting}/{name}": value for name, value in zip(names, values.unbind())}
+
+
+GRANULARITIES: dict[str, Granularity] = {
+    "group": PerGroup(),
+    "tensor": PerTensor(),
+    "element": PerElement(),
+    "step": PerStep(),
+}

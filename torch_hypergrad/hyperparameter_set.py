@@ -1,0 +1,173 @@
+"""All that one HyperOptimizer tunes, put together from what the user wrote down."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .granularity import GRANULARITIES
+from .hyperparameters import Hyperparameter
+from .tuned import TunedSetting, TunedTensor
+from .updates import UpdateRule
+from .vectors import Layout
+
+
+class HyperparameterSet:
+    """All that one HyperOptimizer tunes: settings of the optimizer first, then tensors in the training loss."""
+
+    def __init__(
+        self, tune: Sequence[Any], groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], rule: UpdateRule
+    ) -> None:
+        specs = [entry for entry in tune if isinstance(entry, Hyperparameter)]
+        _check_unique([spec.name for spec in specs])
+        self.settings = [tuned for spec in specs for tuned in _tuned_settings(spec, groups, names, rule)]
+        self.modules = [thing for _, thing in map(_named_entry, tune) if isinstance(thing, nn.Module)]
+        self.tensors = _tuned_tensors([entry for entry in tune if not isinstance(entry, Hyperparameter)])
+        if not self.settings and not self.tensors:
+            raise ValueError("tune is empty: pass at least one Hyperparameter, nn.Module or leaf tensor.")
+        self.all: list[TunedSetting | TunedTensor] = [*self.settings, *self.tensors]
+        self.of_group = [[t for t in self.settings if t.group == i] for i in range(len(groups))]
+
+    @property
+    def loss_tensors(self) -> list[Tensor]:
+        """The tuned tensors that the training loss reads."""
+        return [tuned.leaf for tuned in self.tensors]
+
+    def named(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        """One tensor for each entry of ``all``, split up by public names."""
+        return {name: value for tuned, given in zip(self.all, values) for name, value in tuned.named(given).items()}
+
+    def values(self) -> dict[str, Tensor]:
+        """The current values by public names."""
+        return self.named([tuned.values() for tuned in self.all])
+
+    def check_values(self, values: Mapping[str, Any]) -> None:
+        """Refuses unknown names, other shapes, and values that no hyperparameter may have.
+
+        Raises:
+            ValueError: with the name of the first.
+        """
+        known = {name: (tuned, part) for tuned in self.all for name, part in tuned.named(tuned.values()).items()}
+        for name, given in values.items():
+            if name not in known:
+                raise ValueError(f"No hyperparameter is named {name!r}. Tuned are: {', '.join(list(known)[:20])}.")
+            tuned, part = known[name]
+            given = torch.as_tensor(given)
+            if given.shape != part.shape:
+                raise ValueError(f"{name!r} has shape {tuple(part.shape)}, got a tensor of shape {tuple(given.shape)}.")
+            tuned.check_values(given, name)
+
+    def set_values(self, values: Mapping[str, Any]) -> None:
+        """Replaces the values under the given names, whatever they are."""
+        for tuned in self.all:
+            current = tuned.values()
+            for name, part in tuned.named(current).items():
+                if name in values:
+                    part.copy_(torch.as_tensor(values[name]))
+            tuned.set_values(current)
+
+    def zero_adjoints(self) -> list[Tensor]:
+        """One total for each entry of ``all``."""
+        return [tuned.zero_adjoint() for tuned in self.all]
+
+    def reduce(self, totals: Sequence[Tensor]) -> list[Tensor]:
+        """Totals as gradients with respect to the values."""
+        return [tuned.reduce(total) for tuned, total in zip(self.all, totals)]
+
+    def versions(self) -> list[int]:
+        """Counters that move when somebody writes to the values."""
+        return [tuned.leaf._version for tuned in self.all]
+
+
+def _tuned_settings(
+    spec: Hyperparameter, groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], rule: UpdateRule
+) -> list[TunedSetting]:
+    _check_setting(spec.name, groups, rule)
+    starts: list[Tensor | None] = [None] * len(groups)
+    if isinstance(spec.init, (int, float)):
+        starts = [torch.tensor(float(spec.init), dtype=torch.float64)] * len(groups)
+    elif isinstance(spec.init, Tensor):
+        shapes = [GRANULARITIES[spec.per].count(Layout([p.shape for p in g["params"]]), spec.num_steps) for g in groups]
+        counts = [math.prod(shape) for shape in shapes]
+        if spec.init.numel() not in (1, sum(counts)):
+            raise ValueError(
+                f"Hyperparameter({spec.name!r}, per={spec.per!r}): init has {spec.init.numel()} entries, and there are "
+                f"{sum(counts)} values. Pass one entry for each, in the order of the groups and their parameters."
+            )
+        flat = spec.init.detach().reshape(-1).expand(sum(counts))
+        starts = [part.reshape(shape) for part, shape in zip(flat.split(counts), shapes)]
+    return [
+        TunedSetting(spec, i, group, names[i], rule.tunable[spec.name], start)
+        for i, (group, start) in enumerate(zip(groups, starts))
+        if group["params"]
+    ]
+
+
+def _check_setting(name: str, groups: Sequence[Mapping[str, Any]], rule: UpdateRule) -> None:
+    if name in rule.tunable:
+        return
+    known = ", ".join(rule.tunable)
+    entries = [repr(tunable) for tunable in rule.tunable if tunable.partition(".")[0] == name]
+    if entries:
+        raise ValueError(f"{name!r} is a pair of settings, or more: tune its entries {' and '.join(entries)} one by one.")
+    if any(name.partition(".")[0] == key for group in groups for key in group if key != "params"):
+        raise ValueError(
+            f"The setting {name!r} cannot be tuned: it is not a continuous setting that moves the parameters. "
+            f"Those of this optimizer are: {known}."
+        )
+    nearest = difflib.get_close_matches(name, list(rule.tunable), n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise ValueError(f"This optimizer has no setting {name!r}.{hint} Those that can be tuned are: {known}.")
+
+
+def _check_unique(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"tune has {names.count(name)} entries named {name!r}. Each setting of a group has one value at a time: "
+                "keep one entry."
+            )
+
+
+def _named_entry(entry: Any) -> tuple[str | None, Any]:
+    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str):
+        return entry
+    return None, entry
+
+
+def _tuned_tensors(entries: Sequence[Any]) -> list[TunedTensor]:
+    tuned: list[TunedTensor] = []
+    for position, (name, thing) in enumerate(map(_named_entry, entries)):
+        if isinstance(thing, nn.Module):
+            prefix = name or type(thing).__name__
+            if not any(p.requires_grad for p in thing.parameters()):
+                raise ValueError(
+                    f"tune holds the module {prefix}, which has no parameter that requires a gradient: take it out."
+                )
+            tuned += [TunedTensor(f"{prefix}.{n}", p) for n, p in thing.named_parameters() if p.requires_grad]
+        elif isinstance(thing, Tensor):
+            tuned.append(TunedTensor(name or f"tensor{position}", thing))
+        else:
+            raise TypeError(
+                f"tune takes Hyperparameter, nn.Module or leaf tensors (or a pair of a name and one of the latter), "
+                f"got {type(thing).__name__}: {thing!r}."
+            )
+    for t in tuned:
+        if not (t.leaf.is_leaf and t.leaf.requires_grad and t.leaf.is_floating_point()):
+            raise ValueError(
+                f"The tuned tensor {t.name!r} must be a floating-point leaf with requires_grad=True (dtype {t.leaf.dtype}, "
+                f"is_leaf={t.leaf.is_leaf}, requires_grad={t.leaf.requires_grad}): make it with "
+                "tensor.detach().clone().requires_grad_()."
+            )
+    _check_unique([t.name for t in tuned])
+    first_names: dict[int, str] = {}
+    for t in tuned:
+        first = first_names.setdefault(id(t.leaf), t.name)
+        if first != t.name:
+            raise ValueError(f"{first!r} and {t.name!r} in tune are the same tensor: keep one of them.")
+    return tuned

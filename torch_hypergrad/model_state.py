@@ -1,0 +1,104 @@
+"""The model as it stands: parameters, buffers, modes and random number generators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .buckets import Bucket
+from .records import Surroundings
+
+
+class ModelState:
+    """Reads and writes what a training loss depends on besides its batch.
+
+    Args:
+        modules: the model and every module that is tuned.
+        params: the optimizer's parameters, in order.
+        names: their names in the model.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], params: Sequence[Tensor], names: Sequence[str]) -> None:
+        self.params, self.names = list(params), list(names)
+        self._modules = list(dict.fromkeys(m for root in modules for m in root.modules()))
+        self._buffers = [(module, name) for module in self._modules for name in module._buffers]
+        self._devices = sorted({p.device for p in self.params if p.device.type != "cpu"}, key=str)
+        self._surroundings: Surroundings | None = None
+        self._last_buffers: list[Tensor | None] = []
+        self.recurrent = any(isinstance(module, nn.RNNBase) for module in self._modules)
+        self.mark_written()
+
+    def write_params(self, buckets: Sequence[Bucket], params: Sequence[Tensor]) -> None:
+        """Copies the buckets' vectors into the parameters."""
+        targets, sources = [], []
+        for bucket, param in zip(buckets, params):
+            for i, piece in bucket.scatter(param):
+                targets.append(self.params[i])
+                sources.append(piece)
+        if targets:
+            with torch.no_grad():
+                torch._foreach_copy_(targets, sources)
+
+    def mark_written(self) -> None:
+        """Takes the parameters as they are now for what :meth:`changed` compares with."""
+        self._written = [(p.data_ptr(), p._version) for p in self.params]
+
+    def changed(self) -> str | None:
+        """The name of a parameter that somebody else has written to since :meth:`mark_written`, or None."""
+        for name, p, written in zip(self.names, self.params, self._written):
+            if (p.data_ptr(), p._version) != written:
+                return name
+        return None
+
+    def buffers(self) -> tuple[Tensor | None, ...]:
+        """Copies of the buffers of all modules; on a CPU, those that have not changed since the last call are shared.
+
+        Version counters are no help: BatchNorm writes its statistics without a trace.
+        """
+        found = [module._buffers[name] for module, name in self._buffers]
+        before = self._last_buffers or [None] * len(found)
+        self._last_buffers = [_copy(buffer, last) for buffer, last in zip(found, before)]
+        return tuple(self._last_buffers)
+
+    def set_buffers(self, buffers: Sequence[Tensor | None]) -> None:
+        """Puts buffers into the modules."""
+        for (module, name), saved in zip(self._buffers, buffers):
+            buffer = module._buffers[name]
+            if buffer is None or saved is None or buffer.shape != saved.shape or buffer.dtype != saved.dtype:
+                module._buffers[name] = None if saved is None else saved.clone()
+            else:
+                with torch.no_grad():
+                    buffer.copy_(saved)
+
+    def surroundings(self) -> Surroundings:
+        """Random number generators and modes as they are now; equal ones share memory."""
+        rng = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self._devices)]
+        training = tuple(module.training for module in self._modules)
+        now = Surroundings(tuple(rng), training, tuple(p.requires_grad for p in self.params))
+        if self._surroundings is None or self._surroundings != now:
+            self._surroundings = now
+        return self._surroundings
+
+    def set_rng(self, rng: Sequence[Tensor]) -> None:
+        """Brings back the random number generators."""
+        torch.set_rng_state(rng[0].cpu())
+        for device, state in zip(self._devices, rng[1:]):
+            torch.get_device_module(device).set_rng_state(state.cpu(), device)
+
+    def set_surroundings(self, surroundings: Surroundings) -> None:
+        """Brings back random number generators and modes."""
+        self.set_rng(surroundings.rng)
+        for module, mode in zip(self._modules, surroundings.training):
+            module.training = mode
+        for p, trainable in zip(self.params, surroundings.trainable):
+            p.requires_grad_(trainable)
+
+
+def _copy(buffer: Tensor | None, last: Tensor | None) -> Tensor | None:
+    if buffer is None:
+        return None
+    if last is not None and buffer.device.type == "cpu" and buffer.dtype == last.dtype and torch.equal(buffer, last):
+        return last
+    return buffer.detach().clone()

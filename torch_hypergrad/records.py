@@ -1,0 +1,90 @@
+"""What is recorded of training: states and steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .buckets import Bucket
+from .tuned import TunedSetting
+
+RuleState: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a training step reads and writes: one vector of parameters and one rule state for each bucket, and the
+    buffers of the modules (None where they are not needed)."""
+
+    buckets: tuple[Bucket, ...]
+    params: tuple[Tensor, ...]
+    rule_states: tuple[RuleState, ...]
+    buffers: tuple[Tensor | None, ...] | None
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a loss depends on besides its arguments: random number generators, train or eval mode, frozen parameters."""
+
+    rng: tuple[Tensor, ...]
+    training: tuple[bool, ...]
+    trainable: tuple[bool, ...]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Surroundings)
+            and (self.training, self.trainable) == (other.training, other.trainable)
+            and all(torch.equal(a, b) for a, b in zip(self.rng, other.rng))
+        )
+
+
+@dataclass(frozen=True)
+class TracedUpdate:
+    """The update rule on one bucket, with a graph from its inputs to its outputs.
+
+    Args:
+        param, grad, state, tuned: the inputs, leaves of the graph; of the state, what is continuous.
+        new_param, new_state: the outputs.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    tuned: dict[TunedSetting, Tensor]
+    new_param: Tensor
+    new_state: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step as it was taken.
+
+    Args:
+        number: its place in the episode, from 0.
+        batch: what the training loss was called with.
+        versions: the version counters of the batch's tensors.
+        surroundings: the random number generators and modes before the loss was computed.
+        settings: the settings of every param group.
+        active: for each parameter, whether it had a gradient.
+        loss: the training loss, a scalar without graph.
+        tampered: whether the parameters differed from what the step before had written, where that was checked.
+    """
+
+    number: int
+    batch: Any
+    versions: tuple[int, ...]
+    surroundings: Surroundings
+    settings: tuple[Mapping[str, Any], ...]
+    active: tuple[bool, ...]
+    loss: Tensor
+    tampered: Tensor | None = None
+
+
+def versions_of(batch: Any) -> tuple[int, ...]:
+    """The version counters of all tensors in ``batch``, a pytree."""
+    return tuple(leaf._version for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and not leaf.is_inference())

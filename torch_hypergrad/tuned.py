@@ -1,0 +1,192 @@
+"""What the hyper optimizer moves: the values of the tuned settings, and tuned tensors of the training loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .buckets import Bucket
+from .granularity import GRANULARITIES
+from .hyperparameters import Hyperparameter, check_start
+from .vectors import Layout
+
+
+def read_setting(settings: Mapping[str, Any], name: str) -> Any:
+    """The setting ``name`` of a param group; ``"betas.0"`` reads into the tuple."""
+    key, _, entry = name.partition(".")
+    return settings[key][int(entry)] if entry else settings[key]
+
+
+def write_setting(settings: dict[str, Any], name: str, value: Any) -> None:
+    """Puts ``value`` in the place of the setting ``name``."""
+    key, _, entry = name.partition(".")
+    if entry:
+        value = tuple(value if i == int(entry) else old for i, old in enumerate(settings[key]))
+    settings[key] = value
+
+
+class TunedSetting:
+    """The values of one :class:`Hyperparameter` in one param group.
+
+    ``leaf`` is what the hyper optimizer moves: the values, or on a log scale their logarithms.
+    """
+
+    def __init__(
+        self,
+        spec: Hyperparameter,
+        group_index: int,
+        group: Mapping[str, Any],
+        names: Sequence[str],
+        legal: tuple[float, float],
+        start: Tensor | None,
+    ) -> None:
+        self.spec, self.group, self.names = spec, group_index, list(names)
+        self.layout = Layout([p.shape for p in group["params"]])
+        self._granularity = GRANULARITIES[spec.per]
+        base = group.get("initial_lr", group["lr"]) if spec.name == "lr" else read_setting(group, spec.name)
+        self.base = float(base)
+        self.low = legal[0] if spec.low is None else spec.low
+        self.high = legal[1] if spec.high is None else spec.high
+        first = group["params"][0]
+        wide = spec.per == "element" or first.device.type == "mps"
+        shape = self._granularity.count(self.layout, spec.num_steps)
+        start = torch.tensor(self.base, dtype=torch.float64) if start is None else start.detach()
+        # Single numbers are kept in float64: 1 - beta2 would lose four digits in float32.
+        dtype = first.dtype if wide else torch.float64
+        values = start.to(first.device, dtype).expand(shape).clone()
+        check_start(spec.name, values, self.low, self.high, spec.log)
+        self.leaf = (values.log() if spec.log else values).requires_grad_()
+        self._laid_out: dict[Bucket, Tensor] = {}
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"{self.spec.name}/group{self.group}"
+
+    def values(self) -> Tensor:
+        """The current values, detached, in the shape of the leaf."""
+        leaf = self.leaf.detach()
+        return leaf.exp() if self.spec.log else leaf.clone()
+
+    def check_values(self, values: Tensor, name: str) -> None:
+        """Refuses values that are not finite, not positive on a log scale, or out of bounds."""
+        check_start(name, values, self.low, self.high, self.spec.log)
+
+    def set_values(self, values: Tensor) -> None:
+        """Replaces the values."""
+        self.set_leaf(values.log() if self.spec.log else values)
+
+    def set_leaf(self, leaf: Tensor) -> None:
+        """Replaces what the hyper optimizer moves."""
+        with torch.no_grad():
+            self.leaf.copy_(leaf)
+        self._laid_out.clear()
+
+    def set_leaf_gradient(self, gradient: Tensor) -> None:
+        """Gives the leaf the gradient that belongs to ``gradient``, which is with respect to the values."""
+        self.leaf.grad = gradient * self.values() if self.spec.log else gradient.clone()
+
+    def project(self) -> int:
+        """Moves the values into the bounds and says how many had to move."""
+        self._laid_out.clear()
+        low, high = self.low, self.high
+        if self.spec.log:
+            low, high = (math.log(bound) if bound > 0 else -math.inf for bound in (low, high))
+        with torch.no_grad():
+            clipped = ((self.leaf < low) | (self.leaf > high)).sum()
+            self.leaf.clamp_(low, high)
+        return int(clipped)
+
+    def for_bucket(self, bucket: Bucket, step: int) -> Tensor:
+        """The values as the rule gets them."""
+        if self.spec.per == "step":
+            return self.lay_out(self.values(), bucket, step)
+        if bucket not in self._laid_out:
+            self._laid_out[bucket] = self.lay_out(self.values(), bucket, step)
+        return self._laid_out[bucket]
+
+    def lay_out(self, values: Tensor, bucket: Bucket, step: int) -> Tensor:
+        """``values``, or a direction in their space, as the rule gets them."""
+        if self.spec.num_steps is not None and step >= self.spec.num_steps:
+            raise ValueError(
+                f"Training step {step + 1} is past the end of the schedule {self.label}, which has "
+                f"num_steps={self.spec.num_steps}. Call restart() to begin the next episode, or give it more steps."
+            )
+        return self._granularity.lay_out(values, self.layout, bucket, step)
+
+    def factor(self, settings: Mapping[str, Any]) -> float:
+        """What an LR scheduler has made of the group's own value, as a factor on the tuned one."""
+        now = float(read_setting(settings, self.spec.name))
+        if now == self.base:
+            return 1.0
+        if self.base == 0:
+            raise ValueError(
+                f"The group's {self.spec.name} went from 0 to {now:g} while {self.label} is tuned. A scheduler's factor on "
+                "a tuned setting is its value over the initial one, which is 0 here: start the group above 0."
+            )
+        return now / self.base
+
+    def zero_adjoint(self) -> Tensor:
+        """A total to sum adjoints in."""
+        return self._granularity.zero_adjoint(self.leaf.detach(), self.layout)
+
+    def add_adjoint(self, total: Tensor, part: Tensor, bucket: Bucket, step: int) -> None:
+        """Adds the adjoint of what :meth:`for_bucket` gave."""
+        self._granularity.add_adjoint(total, part, self.layout, bucket, step)
+
+    def reduce(self, total: Tensor) -> Tensor:
+        """The total as one number for each value."""
+        return self._granularity.reduce(total, self.layout)
+
+    def named(self, values: Tensor) -> dict[str, Tensor]:
+        """Anything shaped like the values, by public names."""
+        return self._granularity.named(values, self.spec.name, self.group, self.names, self.layout)
+
+
+class TunedTensor:
+    """A tensor of the user's that the training loss reads; the hyper optimizer moves it itself."""
+
+    def __init__(self, name: str, leaf: Tensor) -> None:
+        self.name, self.leaf = name, leaf
+        self.label = name
+
+    def values(self) -> Tensor:
+        """A copy of the tensor."""
+        return self.leaf.detach().clone()
+
+    def check_values(self, values: Tensor, name: str) -> None:
+        """Refuses values that are not finite."""
+        check_start(name, values, None, None, False)
+
+    def set_values(self, values: Tensor) -> None:
+        """Copies ``values`` into the tensor."""
+        self.set_leaf(values)
+
+    def set_leaf(self, leaf: Tensor) -> None:
+        """Copies ``leaf`` into the tensor."""
+        with torch.no_grad():
+            self.leaf.copy_(leaf)
+
+    def set_leaf_gradient(self, gradient: Tensor) -> None:
+        """Gives the tensor its gradient."""
+        self.leaf.grad = gradient.clone()
+
+    def project(self) -> int:
+        """No bounds."""
+        return 0
+
+    def zero_adjoint(self) -> Tensor:
+        """A total to sum adjoints in."""
+        return torch.zeros_like(self.leaf)
+
+    def reduce(self, total: Tensor) -> Tensor:
+        """The total itself."""
+        return total
+
+    def named(self, values: Tensor) -> dict[str, Tensor]:
+        """Under the tensor's name."""
+        return {self.name: values}
