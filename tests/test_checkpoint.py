@@ -37,6 +37,7 @@ OPTIMIZERS = {
     "nadam": partial(torch.optim.NAdam, lr=1e-2, weight_decay=1e-2),
 }
 every_method = pytest.mark.parametrize("method", METHODS, ids=str)
+some_methods = pytest.mark.parametrize("method", [Unrolled(max_snapshots=2), ForwardMode(), Implicit(Identity(0.1))], ids=str)
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 
@@ -121,8 +122,8 @@ def train(hyper, seeds):
 
 def go_on(hyper, weighting):
     """The rest of a run: the window ends, and another one follows. Dropout masks show in the losses."""
-    story = [train(hyper, range(5, 8)), hyper.hypergradient(batch(90)), vars(hyper.hyper_step(batch(90)))]
-    story += [standing(hyper, weighting), train(hyper, range(8, 11)), hyper.hypergradient(batch(91))]
+    story = [train(hyper, range(5, 7)), hyper.hypergradient(batch(90)), vars(hyper.hyper_step(batch(90)))]
+    story += [standing(hyper, weighting), train(hyper, range(7, 9))]
     story += [vars(hyper.hyper_step(batch(91))), standing(hyper, weighting)]
     return frozen_bytes(story)
 
@@ -159,7 +160,7 @@ def test_a_loaded_run_goes_on_bitwise(method, optimizer, tmp_path):
     assert differences(go_on(other, other_weighting), expected) == []
 
 
-@pytest.mark.parametrize("method", [Unrolled(max_snapshots=2), ForwardMode(), Implicit(Identity(0.1))], ids=str)
+@some_methods
 @pytest.mark.parametrize("num_own_steps", [1, 4])
 def test_a_run_is_loaded_over_another_one_that_was_under_way(method, num_own_steps, tmp_path):
     hyper, weighting = make(method)
@@ -176,7 +177,7 @@ def test_a_run_is_loaded_over_another_one_that_was_under_way(method, num_own_ste
     assert differences(go_on(other, other_weighting), expected) == []
 
 
-@pytest.mark.parametrize("method", [Unrolled(max_snapshots=2), ForwardMode(), Implicit(Identity(0.1))], ids=str)
+@some_methods
 @pytest.mark.parametrize("when", ["before the first step", "after a hyper step"])
 def test_a_run_is_saved_between_windows(method, when, tmp_path):
     hyper, weighting = make(method)
@@ -221,7 +222,7 @@ def test_a_schedule_and_a_scheduler_go_on(method, tmp_path):
     assert rest(other, other_scheduler) == expected
 
 
-@every_method
+@some_methods
 def test_saving_changes_nothing(method, tmp_path):
     stories = []
     for save in (False, True):
@@ -336,7 +337,7 @@ def beginning(hyper):
 
 
 @every_optimizer
-@pytest.mark.parametrize("method", [Unrolled(max_snapshots=2), ForwardMode(), Implicit(Identity(0.1))], ids=str)
+@some_methods
 @pytest.mark.parametrize("begin", ["new", "in the middle of training"])
 @pytest.mark.parametrize("end", ["in a window", "after a hyper step"])
 def test_restart_goes_back_bitwise(method, optimizer, begin, end):
@@ -344,7 +345,7 @@ def test_restart_goes_back_bitwise(method, optimizer, begin, end):
     hyper, _ = make(method, optimizer, model=model, made=made)
     start = beginning(hyper)
     stories = []
-    for _ in range(3):
+    for _ in range(2):
         torch.manual_seed(5)
         stories.append(frozen_bytes([train(hyper, range(4)), hyper.hypergradient(batch(90))]))
         if end == "after a hyper step":
@@ -357,7 +358,6 @@ def test_restart_goes_back_bitwise(method, optimizer, begin, end):
     if end == "in a window":
         # The tuned module's buffers go back too, so with the same values the episodes are the same.
         assert stories[1] == stories[0]
-        assert stories[2] == stories[0]
     else:
         assert stories[1] != stories[0]
 
@@ -391,7 +391,7 @@ def test_plain_steps_after_a_restart_do_not_move_the_beginning(method, optimizer
 
 
 @every_optimizer
-@pytest.mark.parametrize("method", [Unrolled(max_snapshots=2), ForwardMode(), Implicit(Identity(0.1))], ids=str)
+@some_methods
 def test_restart_after_a_load(method, optimizer, tmp_path):
     """It goes back to where the saved run began, not to where the loading one did."""
     model, made = plainly_trained(optimizer)
@@ -429,7 +429,7 @@ def test_hypergradient_twice_is_the_same_and_changes_nothing(method):
     assert all(p.grad is None for p in [*hyper.model.parameters(), *weighting.parameters()])
 
 
-@every_method
+@some_methods
 def test_a_hypergradient_on_the_way_does_not_matter(method):
     stories = []
     for look in (False, True):

@@ -76,7 +76,6 @@ def test_the_options_of_a_row_take_effect(optimizer: str) -> None:
     assert all(abs(a - b) > 1e-6 for a, b in combinations(losses, 2)), losses
 
 
-@pytest.mark.xfail(strict=True, reason="HyperOptimizer does not ask the rule which settings are one number for a tensor")
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon")
 @pytest.mark.parametrize("setting", WHOLE_MATRIX)
 def test_muon_settings_of_a_whole_matrix_are_refused_per_element(setting: str) -> None:

@@ -527,3 +527,24 @@ def test_a_plain_optimizer_state_loads_into_the_wrapped_optimizer(name: str, opt
     pair.optimizer.load_state_dict(deepcopy(pair.plain_optimizer.state_dict()))
     run_both(pair, pair.wrap(), batches[5:])
     pair.assert_equal()
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=name_of)
+def test_unwrapping_a_channels_last_model_leaves_its_state_in_that_layout(options: dict[str, Any]) -> None:
+    def make_model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Conv2d(2, 4, 2).to(memory_format=torch.channels_last)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return (model(batch[0].view(3, 2, 2, 2)).flatten(1) - 1).square().mean()
+
+    pair = Pair(make_model, optimizer_maker("Adam", {"lr": 0.01, **options}), loss)
+    batches = regression_batches(10)
+    hyper = pair.wrap()
+    run_both(pair, hyper, batches[:5])
+    for batch in batches[5:]:
+        pair.plain_step(batch)
+        plain_step(pair.model, pair.optimizer, loss, batch)
+    pair.assert_equal(rtol=1e-5)
+    state = pair.optimizer.state[pair.model.weight]
+    assert state["exp_avg"].stride() == pair.model.weight.stride()

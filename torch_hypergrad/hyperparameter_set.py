@@ -88,6 +88,11 @@ def _tuned_settings(
     spec: Hyperparameter, groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], rule: UpdateRule
 ) -> list[TunedSetting]:
     _check_setting(spec.name, groups, rule)
+    if spec.per == "element" and spec.name in rule.whole:
+        raise ValueError(
+            f"Hyperparameter({spec.name!r}, per='element'): this setting acts on a parameter as a whole and has no value for "
+            "each element. Use per='tensor' or per='group'."
+        )
     starts: list[Tensor | None] = [None] * len(groups)
     if isinstance(spec.init, (int, float)):
         starts = [torch.tensor(float(spec.init), dtype=torch.float64)] * len(groups)

@@ -58,7 +58,8 @@ class TunedSetting:
         # Single numbers are kept in float64: 1 - beta2 would lose four digits in float32.
         dtype = first.dtype if wide else torch.float64
         values = start.to(first.device, dtype).expand(shape).clone()
-        check_start(spec.name, values, self.low, self.high, spec.log)
+        rounded = values.to(first.dtype) if spec.per == "tensor" else values  # as the rule will see them
+        check_start(spec.name, rounded, self.low, self.high, spec.log)
         self.leaf = (values.log() if spec.log else values).requires_grad_()
         self._laid_out: dict[Bucket, Tensor] = {}
 

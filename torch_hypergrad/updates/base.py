@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -37,6 +37,7 @@ class UpdateRule:
         elementwise: whether each entry is updated from the same entry of param, grad and state alone. Such rules
             run on all parameters of a group as one flat vector; others run on one parameter at a time.
         scalars: names in ``state`` that are one number for each parameter.
+        whole: tunable settings that act on a parameter as a whole, and so have no value per element.
     """
 
     update: Update
@@ -44,7 +45,8 @@ class UpdateRule:
     stationarity: Stationarity | None = None
     moves_optimum: Sequence[str] = ()
     elementwise: bool = True
-    scalars: Sequence[str] = field(default=())
+    scalars: Sequence[str] = ()
+    whole: Sequence[str] = ()
 
 
 _RULES: dict[type[Optimizer], UpdateRule] = {}
@@ -58,6 +60,7 @@ def register_update(
     moves_optimum: Sequence[str] = (),
     elementwise: bool = True,
     scalars: Sequence[str] = (),
+    whole: Sequence[str] = (),
 ) -> Callable[[Update], Update]:
     """Registers the decorated function as the update rule of ``optimizer_type``.
 
@@ -74,7 +77,7 @@ def register_update(
 
     def register(update: Update) -> Update:
         _RULES[optimizer_type] = UpdateRule(
-            update, dict(tunable), stationarity, tuple(moves_optimum), elementwise, tuple(scalars)
+            update, dict(tunable), stationarity, tuple(moves_optimum), elementwise, tuple(scalars), tuple(whole)
         )
         return update
 

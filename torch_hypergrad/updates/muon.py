@@ -76,4 +76,5 @@ if hasattr(torch.optim, "Muon"):
             **{f"ns_coefficients.{i}": ANY for i in range(3)},
         },
         elementwise=False,
+        whole=("eps", *(f"ns_coefficients.{i}" for i in range(3))),
     )(muon)
