@@ -266,18 +266,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=256, help="hidden units (%(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="training steps of each run (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (%(default)s: small matrices gain little)")
     parser.add_argument("--out", type=Path, default=Path("runs/per_parameter_weight_decay"), help="folder for the pictures")
     args = parser.parse_args(argv)
     sizes = zip((args.train_size, args.val_size), DEFAULT_SIZES[args.dataset])
     args.train_size, args.val_size = (default if size is None else size for size, default in sizes)
-    if min(args.train_size, args.val_size, args.hidden, args.seeds) < 1 or args.steps <= WARMUP:
-        parser.error(f"sizes, --hidden and --seeds must be at least 1, and --steps above {WARMUP}, where tuning begins")
+    if min(args.train_size, args.val_size, args.hidden, args.seeds, args.threads) < 1 or args.steps <= WARMUP:
+        parser.error(f"all numbers must be at least 1, and --steps above {WARMUP}, where tuning begins")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     of_seeds = load_data(args)
+    torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     num_runs = len(LINES) - 1 + len(GRID)
     with tqdm(total=args.seeds * num_runs * args.steps, unit="step") as bar:

@@ -429,6 +429,20 @@ def test_hypergradient_twice_is_the_same_and_changes_nothing(method):
     assert all(p.grad is None for p in [*hyper.model.parameters(), *weighting.parameters()])
 
 
+def test_the_window_is_differentiated_in_the_mode_it_was_trained_in():
+    """Validation sees the model in eval mode, replayed steps in the mode they were taken in; forward mode replays none."""
+    found = []
+    for method in (ForwardMode(), Unrolled(), Unrolled(max_snapshots=2)):
+        hyper, _ = make(method)
+        train(hyper, range(4))
+        hyper.model.eval()
+        hypergradient = hyper.hypergradient(batch(90))
+        assert not any(module.training for module in hyper.model.modules())
+        found.append(torch.stack([h.sum() for name, h in hypergradient.items() if not name.startswith("weight_decay")]))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-12)
+
+
 @some_methods
 def test_a_hypergradient_on_the_way_does_not_matter(method):
     stories = []

@@ -148,6 +148,10 @@ NAN, INFINITY = float("nan"), float("inf")
         ({"per": None}, ValueError, ["None", "group, tensor, element, step"]),
         ({"init": "0.1"}, TypeError, ["init", "'0.1'", "number"]),
         ({"init": [0.1]}, TypeError, ["init", "tensor"]),
+        ({"init": True}, TypeError, ["init", "True"]),
+        ({"init": torch.tensor([True])}, TypeError, ["init", "real"]),
+        ({"init": torch.tensor(1j)}, TypeError, ["init", "real"]),
+        ({"per": ["group"]}, ValueError, ["['group']", "group, tensor, element, step"]),
         ({"init": NAN}, ValueError, ["finite", "nan"]),
         ({"init": INFINITY}, ValueError, ["finite", "inf"]),
         ({"init": torch.tensor([0.1, NAN])}, ValueError, ["finite", "nan"]),
@@ -473,6 +477,28 @@ def test_a_grad_transform_that_returns_something_else(transform, kind, words, me
     hyper = make(grad_transform=transform, method=method)
     with unchanged(hyper), refused(kind, *words):
         hyper.step(batch(0))
+
+
+@pytest.mark.parametrize("method", [Unrolled(), ForwardMode()], ids=str)
+def test_a_grad_transform_that_loses_the_graph(method):
+    hyper = make(grad_transform=lambda grads: [grads[0].detach(), *grads[1:]], method=method)
+    call = hyper.step
+    if isinstance(method, Unrolled):  # which asks for the graph when it replays
+        hyper.step(batch(0))
+        call = hyper.hypergradient
+    with unchanged(hyper), refused(ValueError, "grad_transform", "without a graph", "detach"):
+        call(batch(9))
+
+
+def test_a_hyper_step_to_infinity():
+    leap = partial(torch.optim.SGD, lr=1e6, momentum=0.5, maximize=True)
+    hyper = make(tune=[Hyperparameter("lr", log=True)], hyper_optimizer=leap)
+    while True:
+        hyper.step(batch(0))
+        if hyper.hypergradient(batch(9))["lr/group0"] > 0:
+            break
+    with unchanged(hyper), refused(NonFiniteError, "'lr/group0'", "inf", "hyper_optimizer", "high="):
+        hyper.hyper_step(batch(9))
 
 
 def test_a_sparse_gradient():

@@ -278,6 +278,13 @@ def test_a_start_at_zero_that_is_pushed_up_moves():
     assert hyper.values()["weight_decay/group0"] > 0
 
 
+@pytest.mark.parametrize("bounds", [{}, {"low": -1.0, "high": 0.0}])
+def test_a_value_that_stays_on_its_bound_is_not_counted(bounds):
+    hyper = one_weight([Hyperparameter("weight_decay", **bounds)], hyper_lr=0.0)
+    hyper.step(None)
+    assert hyper.hyper_step(None).clipped == {}
+
+
 def test_a_lower_bound_of_minus_infinity_is_none():
     hyper = decay_pushed("down", low=-math.inf)
     hyper.step(None)

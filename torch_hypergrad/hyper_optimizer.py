@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -181,7 +182,10 @@ class HyperOptimizer:
             TrajectoryError: in the middle of a recorded window, which was trained with the old values.
         """
         if self._recording.checks_parameters and any(True for _ in self._recording.steps()):
-            raise TrajectoryError(tampering("a hyperparameter", self._number))
+            raise TrajectoryError(
+                f"set_values before training step {self._number + 1} is in the middle of a recorded window, which was trained "
+                "with the old values of the hyperparameters. Call it after a hyper step or restart(), which end the window."
+            )
         self._hyperparameters.check_values(values)
         self._hyperparameters.set_values(values)
 
@@ -222,14 +226,30 @@ class HyperOptimizer:
             HypergradientError: as :meth:`hypergradient`; then nothing has changed.
         """
         gradients, val_loss, norm, statistics = self._hypergradient(val_batch)
-        hyperparameters = self._hyperparameters
-        for tuned, gradient in zip(hyperparameters.all, gradients):
+        clipped = self._move_values(gradients)
+        self._begin_window()
+        return HyperReport(val_loss, norm, statistics.num_matvecs, statistics.residual, clipped)
+
+    def _move_values(self, gradients: Sequence[Tensor]) -> dict[str, int]:
+        """One step of the hyper optimizer and the projection; undone if it leads to no finite values."""
+        every = self._hyperparameters.all
+        leaves, before = [tuned.leaf.detach().clone() for tuned in every], copy.deepcopy(self.hyper_optimizer.state_dict())
+        for tuned, gradient in zip(every, gradients):
             tuned.set_leaf_gradient(gradient)
         self.hyper_optimizer.step()
         self.hyper_optimizer.zero_grad()
-        clipped = {tuned.label: count for tuned in hyperparameters.settings if (count := tuned.project())}
-        self._begin_window()
-        return HyperReport(val_loss, norm, statistics.num_matvecs, statistics.residual, clipped)
+        clipped = {tuned.label: tuned.project() for tuned in every}
+        for tuned in every:
+            values = tuned.values()
+            if not bool(values.isfinite().all()):
+                for other, leaf in zip(every, leaves):
+                    other.set_leaf(leaf)
+                self.hyper_optimizer.load_state_dict(before)
+                raise NonFiniteError(
+                    f"The hyper step moved {tuned.label!r} to {values[~values.isfinite()][0].item()}. Lower the learning rate "
+                    "of the hyper_optimizer, or bound the value with low= and high=. Nothing was changed."
+                )
+        return {label: count for label, count in clipped.items() if count}
 
     def _hypergradient(self, val_batch: Any) -> tuple[list[Tensor], float, float, SolveStatistics]:
         training = self._training

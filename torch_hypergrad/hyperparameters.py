@@ -46,11 +46,13 @@ class Hyperparameter:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(f"Hyperparameter name must be a string such as 'lr', got {self.name!r}.")
-        if self.per not in GRANULARITIES:
+        if not isinstance(self.per, str) or self.per not in GRANULARITIES:
             known = ", ".join(GRANULARITIES)
             raise ValueError(f"Hyperparameter({self.name!r}): per must be one of {known}, got {self.per!r}.")
         if self.init is not None and not isinstance(self.init, (int, float, Tensor)):
             raise TypeError(f"Hyperparameter({self.name!r}): init must be a number, a tensor or None, got {self.init!r}.")
+        if isinstance(self.init, bool) or (isinstance(self.init, Tensor) and not _is_real(self.init)):
+            raise TypeError(f"Hyperparameter({self.name!r}): init must hold real numbers, got {self.init!r}.")
         for bound in ("low", "high"):
             value = getattr(self, bound)
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
@@ -76,6 +78,10 @@ class Hyperparameter:
             check_start(self.name, torch.as_tensor(self.init), self.low, self.high, self.log)
 
 
+def _is_real(tensor: Tensor) -> bool:
+    return not tensor.is_complex() and tensor.dtype != torch.bool
+
+
 def check_start(name: str, start: Tensor, low: float | None, high: float | None, log: bool) -> None:
     """Refuses values that are not finite, not positive on a log scale, or out of bounds."""
     if not start.isfinite().all():
@@ -88,7 +94,7 @@ def check_start(name: str, start: Tensor, low: float | None, high: float | None,
     if (low is not None and (start < low).any()) or (high is not None and (start > high).any()):
         raise ValueError(
             f"Hyperparameter {name!r}: the value {in_brief(start)} is out of the bounds [{low}, {high}]. "
-            "Pass init inside them, or other bounds as low and high."
+            "Pass init inside them, or other bounds as low and high: without these, a setting's legal range bounds it."
         )
 
 

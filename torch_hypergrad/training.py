@@ -176,6 +176,11 @@ class Training:
         if not isinstance(transformed, (list, tuple)) or not all(isinstance(g, Tensor) for g in transformed):
             raise TypeError(f"grad_transform must return a list of tensors, one for each gradient, got {transformed!r}.")
         transformed = list(transformed)
+        if any(g.requires_grad and not t.requires_grad for g, t in zip(grads, transformed)):
+            raise ValueError(
+                "grad_transform returned a gradient without a graph, so its derivative would be lost. Leave out .detach(), "
+                ".data and torch.no_grad(); to switch a gradient off, multiply it by 0."
+            )
         if [g.shape for g in transformed] != [g.shape for g in grads]:
             raise ValueError(
                 "grad_transform must return one gradient for each it was given, in the same shapes: it was given "

@@ -71,8 +71,8 @@ class Implicit(Method):
                 able = ", ".join(rule.moves_optimum) or "none"
                 raise ValueError(
                     f"{name!r} cannot be tuned with Implicit: it changes the way to the training optimum, not the optimum, "
-                    f"so its implicit hypergradient is zero. Use method=Unrolled(). Settings of {optimizer_name} that move "
-                    f"the optimum: {able}."
+                    "so its implicit hypergradient is zero although training depends on it. Use method=Unrolled(). Settings "
+                    f"of {optimizer_name} that move the optimum: {able}."
                 )
             if setting.spec.per == "step":
                 raise ValueError(
