@@ -114,7 +114,7 @@ class UnrolledRecording(Recording):
     def _final_adjoint(self, validation: Validation) -> Adjoint:
         params = self._training.params
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, validation.grads)]
-        buckets = self._training.capture().buckets
+        buckets = self._training.optimizer_state.buckets
         return Adjoint(buckets, tuple(b.gather(grads) for b in buckets), tuple({} for _ in buckets))
 
     def _step_back(self, step: Step, state: State, adjoint: Adjoint, totals: list[Tensor]) -> Adjoint:
@@ -175,10 +175,10 @@ class UnrolledRecording(Recording):
         trainable = [i for i, g in enumerate(grads) if g is not None]
         inputs = [training.params[i] for i in trainable] + tensors
         found = autodiff.gradients([g for g, _ in pairs], inputs, [v for _, v in pairs])
-        products = [torch.zeros_like(p) for p in training.params]
-        for i, product in zip(trainable, found):
-            if product is not None:
-                products[i] = product
+        by_index = dict(zip(trainable, found))
+        products = [
+            torch.zeros_like(p) if (product := by_index.get(i)) is None else product for i, p in enumerate(training.params)
+        ]
         mixed = totals[len(training.hyperparameters.settings) :]
         for total, product in zip(mixed, found[len(trainable) :]):
             if product is not None:
