@@ -13,9 +13,9 @@ and Adam moves their logarithms. The table compares, on test images that nothing
     python examples/per_parameter_weight_decay.py --dataset mnist --data-root data --download
 
 The first takes scikit-learn's digits: no network, about a minute and a half on two cores. It prints the table, and where
-its two pictures lie: the loss curves, and the learned decay of the first layer over the pixels of the image. On digits,
-tuning per element reaches the honest rival without ever training on the validation images, and a single tuned value
-reaches the grid's best. Measured results: docs/results/per_parameter_weight_decay.md.
+its two pictures lie: the loss curves, and the learned decay of the first layer over the pixels of the image. Typically one
+tuned value does as well as the grid, in one run instead of six; and tuning per element comes within half a point of the
+honest rival, without a training step on a validation image. Measured: docs/results/per_parameter_weight_decay.md.
 """
 
 from __future__ import annotations
@@ -228,8 +228,8 @@ def draw_curves(runs: dict[str, Run], path: Path) -> None:
     for kind, panel in panels.items():
         for name, color in LINES.items():
             if name != BOTH or kind == "test":  # it trained on both of the other sets
-                curve = runs[name].curves[kind]
-                panel.plot(list(curve), list(curve.values()), color=color, label=name, ls="--" if name == GROUP else "-")
+                curve, style = runs[name].curves[kind], {"ls": "--", "zorder": 3} if name == GROUP else {}
+                panel.plot(list(curve), list(curve.values()), color=color, label=name, **style)
         panel.axvline(WARMUP, color="black", lw=0.8, ls=":", label="tuning begins")
         panel.set(title=f"{kind} loss", xlabel="training step", yscale="log")
         panel.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
