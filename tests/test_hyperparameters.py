@@ -165,6 +165,32 @@ def test_a_group_without_parameters():
     assert hyper.hypergradient(batch(9))["lr/group0"] != 0
 
 
+def test_a_setting_is_tuned_in_the_chosen_groups_alone():
+    """The other group keeps its own value, and the hypergradient of the chosen one is what it is with both tuned."""
+    both, first = grouped([Hyperparameter("weight_decay")]), grouped([Hyperparameter("weight_decay", groups=[0])])
+    for hyper in (both, first):
+        for seed in range(3):
+            hyper.step(batch(seed))
+    assert list(first.values()) == ["weight_decay/group0"]
+    for ours, theirs in zip(first.model.parameters(), both.model.parameters()):
+        close(ours.detach(), theirs.detach())
+    name = "weight_decay/group0"
+    close(first.hypergradient(batch(9))[name], both.hypergradient(batch(9))[name])
+
+
+def test_a_setting_may_have_an_entry_for_each_group():
+    tune = [Hyperparameter("lr", init=0.3, groups=[1]), Hyperparameter("lr", per="tensor", init=0.4, groups=[0])]
+    values = grouped(tune).values()
+    assert [float(value) for value in values.values()] == [0.3, 0.4, 0.4]
+    assert next(iter(values)) == "lr/group1"
+
+
+@pytest.mark.parametrize(("groups", "kind"), [([2], ValueError), ([-1], ValueError), (0, TypeError), (["0"], TypeError)])
+def test_groups_that_are_not_there_are_refused(groups, kind):
+    with pytest.raises(kind, match="groups"):
+        grouped([Hyperparameter("lr", groups=groups)])
+
+
 # ---- one weight, with closed forms ----------------------------------------------------------------------------------
 
 CURVATURE, OPTIMUM, TARGET, START = 2.0, 1.0, 0.3, 0.9

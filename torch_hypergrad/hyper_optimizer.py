@@ -32,7 +32,7 @@ class HyperReport:
         val_loss: the validation loss before the step.
         hypergradient_norm: Euclidean norm of the hypergradient with respect to the values.
         num_matvecs: products that the solver of an implicit method took; None for other methods.
-        residual: its relative residual; None for other methods and for :class:`Identity`.
+        residual: its relative residual, damping included; None for other methods and for :class:`Identity`.
         clipped: for each setting that was projected onto a bound, how many of its values were.
     """
 

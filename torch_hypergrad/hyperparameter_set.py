@@ -24,8 +24,9 @@ class HyperparameterSet:
         self, tune: Sequence[Any], groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], rule: UpdateRule
     ) -> None:
         specs = [entry for entry in tune if isinstance(entry, Hyperparameter)]
-        _check_unique([spec.name for spec in specs])
         self.settings = [tuned for spec in specs for tuned in _tuned_settings(spec, groups, names, rule)]
+        for i in range(len(groups)):
+            _check_unique([tuned.spec.name for tuned in self.settings if tuned.group == i])
         self.modules = [thing for _, thing in map(_named_entry, tune) if isinstance(thing, nn.Module)]
         self.tensors = _tuned_tensors([entry for entry in tune if not isinstance(entry, Hyperparameter)])
         if not self.settings and not self.tensors:
@@ -93,24 +94,30 @@ def _tuned_settings(
             f"Hyperparameter({spec.name!r}, per='element'): this setting acts on a parameter as a whole and has no value for "
             "each element. Use per='tensor' or per='group'."
         )
-    starts: list[Tensor | None] = [None] * len(groups)
-    if isinstance(spec.init, (int, float)):
-        starts = [torch.tensor(float(spec.init), dtype=torch.float64)] * len(groups)
-    elif isinstance(spec.init, Tensor):
-        shapes = [GRANULARITIES[spec.per].count(Layout([p.shape for p in g["params"]]), spec.num_steps) for g in groups]
-        counts = [math.prod(shape) for shape in shapes]
-        if spec.init.numel() not in (1, sum(counts)):
-            raise ValueError(
-                f"Hyperparameter({spec.name!r}, per={spec.per!r}): init has {spec.init.numel()} entries, and there are "
-                f"{sum(counts)} values. Pass one entry for each, in the order of the groups and their parameters."
-            )
-        flat = spec.init.detach().reshape(-1).expand(sum(counts))
-        starts = [part.reshape(shape) for part, shape in zip(flat.split(counts), shapes)]
-    return [
-        TunedSetting(spec, i, group, names[i], rule.tunable[spec.name], start)
-        for i, (group, start) in enumerate(zip(groups, starts))
-        if group["params"]
-    ]
+    chosen = range(len(groups)) if spec.groups is None else spec.groups
+    if any(i not in range(len(groups)) for i in chosen):
+        raise ValueError(
+            f"Hyperparameter({spec.name!r}): groups={list(chosen)}, and the optimizer's param groups are numbered 0 to "
+            f"{len(groups) - 1}."
+        )
+    tuned = [i for i in chosen if groups[i]["params"]]
+    starts = _starts(spec, [Layout([p.shape for p in groups[i]["params"]]) for i in tuned])
+    return [TunedSetting(spec, i, groups[i], names[i], rule.tunable[spec.name], start) for i, start in zip(tuned, starts)]
+
+
+def _starts(spec: Hyperparameter, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
+    """The given start for each group, None where each takes its own."""
+    if spec.init is None:
+        return [None] * len(layouts)
+    init = torch.as_tensor(spec.init, dtype=torch.float64 if isinstance(spec.init, (int, float)) else None).detach()
+    shapes = [GRANULARITIES[spec.per].count(layout, spec.num_steps) for layout in layouts]
+    counts = [math.prod(shape) for shape in shapes]
+    if init.numel() not in (1, sum(counts)):
+        raise ValueError(
+            f"Hyperparameter({spec.name!r}, per={spec.per!r}): init has {init.numel()} entries, and there are "
+            f"{sum(counts)} values. Pass one entry for each, in the order of the groups and their parameters."
+        )
+    return [part.reshape(shape) for part, shape in zip(init.reshape(-1).expand(sum(counts)).split(counts), shapes)]
 
 
 def _check_setting(name: str, groups: Sequence[Mapping[str, Any]], rule: UpdateRule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from .granularity import GRANULARITIES
 
 @dataclass(frozen=True, eq=False)
 class Hyperparameter:
-    """An optimizer setting to be tuned, in every param group of the wrapped optimizer.
+    """An optimizer setting to be tuned, in the param groups of the wrapped optimizer.
 
     Args:
         name: a key of the param groups, such as ``"lr"`` or ``"weight_decay"``; ``"betas.0"`` is the first entry of
@@ -28,6 +29,8 @@ class Hyperparameter:
         high: upper bound, likewise.
         log: optimize the logarithm of the value; needs a positive start.
         num_steps: the length of an episode, for ``per="step"``.
+        groups: the numbers of the param groups to tune it in, such as ``[0]`` where group 1 holds biases without decay.
+            None takes all.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -42,6 +45,7 @@ class Hyperparameter:
     high: float | None = None
     log: bool = False
     num_steps: int | None = None
+    groups: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -74,6 +78,11 @@ class Hyperparameter:
             raise TypeError(f"Hyperparameter({self.name!r}): num_steps must be an int, got {self.num_steps!r}.")
         if self.num_steps is not None and self.num_steps < 1:
             raise ValueError(f"Hyperparameter({self.name!r}): num_steps must be positive, got {self.num_steps}.")
+        numbers = self.groups
+        if numbers is not None and not (isinstance(numbers, (list, tuple, range)) and all(type(i) is int for i in numbers)):
+            raise TypeError(
+                f"Hyperparameter({self.name!r}): groups must be a list of numbers of param groups or None, got {numbers!r}."
+            )
         if self.init is not None:
             check_start(self.name, torch.as_tensor(self.init), self.low, self.high, self.log)
 
