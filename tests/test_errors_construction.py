@@ -232,6 +232,7 @@ def test_a_schedule_is_refused_by_implicit():
         make(tune=[Hyperparameter("weight_decay", per="step", num_steps=3)], method=Implicit(CG()))
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon")
 def test_an_optimizer_without_stationarity_is_refused_by_implicit():
     model = nn.Linear(3, 2, bias=False).double()
     with refused(ValueError, "Muon", "stationarity", "Unrolled()"):
