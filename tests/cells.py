@@ -79,6 +79,7 @@ class Row:
         return self.options[key][int(entry)] if entry else self.options[key]
 
 
+ADAM_DECOUPLES = "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters  # torch 2.7 and later
 ADAM = {"lr": 0.1, "betas": (0.6, 0.8), "eps": 0.05, "weight_decay": 0.1}
 ADAM_ZEROS = ("lr", "betas.0", "eps", "weight_decay")
 # Rectified from the sixth step on: rho is 4.5 after five steps and 5.4 after six, and moves by 0.1 in the differences.
@@ -109,7 +110,7 @@ ROWS = [
     Row("Adam", "", ADAM, ADAM_ZEROS),
     Row("Adam", "amsgrad", {**ADAM, "amsgrad": True}, ADAM_ZEROS),
     Row("Adam", "maximize", {**ADAM, "maximize": True}, ("weight_decay",)),
-    Row("Adam", "decoupled", {**ADAM, "decoupled_weight_decay": True}, ADAM_ZEROS),
+    *([Row("Adam", "decoupled", {**ADAM, "decoupled_weight_decay": True}, ADAM_ZEROS)] if ADAM_DECOUPLES else []),
     Row("AdamW", "", ADAM, ADAM_ZEROS),
     Row("AdamW", "amsgrad", {**ADAM, "amsgrad": True}, ADAM_ZEROS),
     Row("AdamW", "maximize", {**ADAM, "maximize": True}, ("weight_decay",)),

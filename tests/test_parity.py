@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from cells import ADAM_DECOUPLES
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -34,13 +35,14 @@ def grid(**axes: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 DECAYS = [0.0, 0.1]
+DECOUPLING = {"decoupled_weight_decay": [False, True]} if ADAM_DECOUPLES else {}
 OPTIONS = {
     "SGD": [
         *grid(lr=[0.1], momentum=[0.0, 0.9], dampening=[0.0, 0.3], weight_decay=DECAYS),
         *grid(lr=[0.1], momentum=[0.9], weight_decay=DECAYS, nesterov=[True]),
     ],
     "ASGD": grid(lr=[0.1], lambd=[1e-4, 0.1], t0=[1e6, 3], weight_decay=DECAYS),
-    "Adam": grid(lr=[0.01], amsgrad=[False, True], decoupled_weight_decay=[False, True], weight_decay=DECAYS),
+    "Adam": grid(lr=[0.01], amsgrad=[False, True], weight_decay=DECAYS, **DECOUPLING),
     "AdamW": grid(lr=[0.01], amsgrad=[False, True], weight_decay=DECAYS),
     "NAdam": grid(lr=[0.01], decoupled_weight_decay=[False, True], weight_decay=DECAYS, momentum_decay=[4e-3, 0.3]),
     "RAdam": grid(lr=[0.01], decoupled_weight_decay=[False, True], weight_decay=DECAYS, betas=[(0.9, 0.999), (0.9, 0.5)]),
@@ -426,10 +428,8 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler
     "one cycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=NUM_STEPS + 1),
     "warm-up from 0": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 5)),
     "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=NUM_STEPS),
-    "chain": lambda optimizer: lr_scheduler.SequentialLR(
-        optimizer,
-        [lr_scheduler.LinearLR(optimizer, total_iters=5), lr_scheduler.ExponentialLR(optimizer, 0.9)],
-        milestones=[5],
+    "chain": lambda optimizer: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(optimizer, total_iters=5), lr_scheduler.ExponentialLR(optimizer, 0.9)]
     ),
 }
 
