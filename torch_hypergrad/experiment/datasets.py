@@ -1,0 +1,207 @@
+"""The datasets: labels and classes at once, images by row."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from tqdm import tqdm
+
+from .config import ConfigError, DataConfig
+from .options import one_line
+
+MANY = 2000  # pictures of which decoding shows a progress bar
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Images that can be read by row, so that only those chosen are decoded."""
+
+    labels: Tensor
+    read: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset; its own test set, if it has one."""
+
+    pool: Pool
+    test: Pool | None
+    classes: tuple[str, ...]
+
+
+def read_source(config: DataConfig) -> Source:
+    """Finds, checks or downloads the dataset of the configuration. Raises ConfigError."""
+    return _SOURCES[config.name](config)
+
+
+def _in_memory(images: Any, labels: Any) -> Pool:
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.int64)
+    return Pool(labels, lambda rows: images[rows].contiguous())
+
+
+def _digits(config: DataConfig) -> Source:
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    return Source(_in_memory(images, digits.target), None, tuple(str(name) for name in digits.target_names))
+
+
+# ---- torchvision ------------------------------------------------------------------------------------------------------
+
+
+def _torchvision(config: DataConfig) -> Source:
+    root, dataset = Path(config.root).expanduser(), _TORCHVISION[config.name]
+    missing = [file for file in _files_of(dataset) if not (root / file).is_file()]
+    if missing and not config.download:
+        raise ConfigError(
+            f"data.root: {config.name} is not in {root}, where {', '.join(missing)} should be. Put the files there, or set "
+            "data.download: true."
+        )
+    try:
+        with warnings.catch_warnings():  # NumPy's, on how old the format of CIFAR's pickles is
+            warnings.simplefilter("ignore")
+            train, test = (dataset(root, train=part, download=config.download) for part in (True, False))
+        classes = tuple(name.split(" - ")[0] for name in train.classes)  # MNIST's are "0 - zero"
+        return Source(_pool_of(train, classes), _pool_of(test, classes), classes)
+    except Exception as error:  # damaged files fail in many ways
+        raise ConfigError(_what_failed(config, root, _files_of(dataset), error)) from error
+
+
+def _what_failed(config: DataConfig, root: Path, files: Sequence[str], error: Exception) -> str:
+    reason = one_line(f"{type(error).__name__}: {error}")
+    missing = [file for file in files if not (root / file).is_file()]
+    if config.download and (missing or isinstance(error, OSError)):
+        return (
+            f"data.download: {config.name} could not be fetched into {root} ({reason}). Is there a network? Without one, "
+            f"put there {', '.join(missing or files)}."
+        )
+    remedy = f"Delete {', '.join(files)} there and set data.download: true."
+    return f"data.root: {config.name} in {root} is damaged ({reason}). {remedy}"
+
+
+def _files_of(dataset: type[MNIST | CIFAR10]) -> list[str]:
+    """What torchvision reads, relative to the root."""
+    if issubclass(dataset, CIFAR10):
+        names = [name for name, _ in dataset.train_list + dataset.test_list] + [dataset.meta["filename"]]
+        return [f"{dataset.base_folder}/{name}" for name in names]
+    return [f"{dataset.__name__}/raw/{name.removesuffix('.gz')}" for name, _ in dataset.resources]
+
+
+def _pool_of(dataset: MNIST | CIFAR10, classes: Sequence[str]) -> Pool:
+    images = torch.as_tensor(dataset.data)
+    pool = _in_memory(images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2), dataset.targets)
+    if len(images) != len(pool.labels) or not len(images) or not 0 <= pool.labels.min() <= pool.labels.max() < len(classes):
+        raise ValueError(f"{len(images)} images and {len(pool.labels)} labels of {len(classes)} classes do not fit")
+    return pool
+
+
+# ---- folders of pictures ----------------------------------------------------------------------------------------------
+
+
+def _image_folder(config: DataConfig) -> Source:
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"data.root: {root} is no folder. image_folder needs one, with a folder of pictures for each class.")
+    train, test = root / "train", root / "test"
+    split = [part for part in (train, test) if part.is_dir() and _class_folders(part)]
+    if len(split) == 1:
+        raise ConfigError(
+            f"data.root: {root} has folders of classes in {split[0].name}, and needs them in train and in test. Or set "
+            f"data.root: {split[0]}, and a test set is split off."
+        )
+    if not split:
+        samples, classes = _samples(root)
+        return Source(_pictures(samples, _first_size(config, samples)), None, classes)
+    (samples, classes), (test_samples, test_classes) = _samples(train), _samples(test)
+    if classes != test_classes:
+        differ = ", ".join(sorted(set(classes) ^ set(test_classes)))
+        raise ConfigError(f"data.root: the classes in {train} and {test} differ: only one of them has {differ}.")
+    size = _first_size(config, samples)
+    return Source(_pictures(samples, size), _pictures(test_samples, size), classes)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _samples(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+    """Paths of pictures with their labels, and the classes."""
+    classes = _class_folders(folder)
+    if len(classes) < 2:
+        raise ConfigError(
+            f"data.root: {folder} holds {len(classes)} folders, and classes are at least two. Expected "
+            "ROOT/train/CLASS/* and ROOT/test/CLASS/*, or ROOT/CLASS/*."
+        )
+    samples = make_dataset(folder, {name: label for label, name in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True)
+    empty = sorted(set(range(len(classes))) - {label for _, label in samples})
+    if empty:
+        names = ", ".join(classes[label] for label in empty)
+        raise ConfigError(f"data.root: no pictures in {folder} for {names}. Looked for {', '.join(IMG_EXTENSIONS)}.")
+    return samples, tuple(classes)
+
+
+def _pictures(samples: Sequence[tuple[str, int]], size: tuple[int, int, bool]) -> Pool:
+    labels = torch.tensor([label for _, label in samples])
+    return Pool(labels, lambda rows: _decode_all([samples[row][0] for row in rows.tolist()], *size))
+
+
+def _first_size(config: DataConfig, samples: Sequence[tuple[str, int]]) -> tuple[int, int, bool]:
+    """Width and height of all pictures, and whether they may be resized to that."""
+    if config.image_size is not None:
+        return config.image_size, config.image_size, True
+    return *_open(samples[0][0]).size, False
+
+
+def _decode_all(paths: Sequence[str], width: int, height: int, resize: bool) -> Tensor:
+    images = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
+    decode = partial(_decode, width=width, height=height, resize=resize)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        decoded = tqdm(pool.map(decode, paths), "reading pictures", len(paths), disable=len(paths) < MANY, leave=False)
+        for image, pixels in zip(images, decoded):
+            image.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
+    return images
+
+
+def _decode(path: str, width: int, height: int, resize: bool) -> np.ndarray:
+    picture = _open(path)
+    if picture.size != (width, height):
+        if not resize:
+            sizes = f"{picture.width}x{picture.height} pixels, and the first picture {width}x{height}"
+            raise ConfigError(f"data.root: {path} has {sizes}. Set data.image_size.")
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    return np.array(picture)
+
+
+def _open(path: str) -> Image.Image:
+    """The picture in RGB, the right way up."""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError("its pixels have more than 8 bits")
+            upright = ImageOps.exif_transpose(picture)
+            if "transparency" in upright.info:  # of a palette, which Pillow drops only with a warning
+                upright = upright.convert("RGBA")
+            return upright.convert("RGB")
+    except Exception as error:  # damaged files fail in many ways
+        raise ConfigError(f"data.root: {path} is no readable picture ({one_line(error)}). Repair or remove it.") from error
+
+
+_TORCHVISION: dict[str, type[MNIST | CIFAR10]] = {"mnist": MNIST, "fashion_mnist": FashionMNIST, "cifar10": CIFAR10}
+_SOURCES: dict[str, Callable[[DataConfig], Source]] = {
+    "digits": _digits,
+    "image_folder": _image_folder,
+    **dict.fromkeys(_TORCHVISION, _torchvision),
+}
