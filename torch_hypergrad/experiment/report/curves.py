@@ -1,0 +1,108 @@
+"""What happened over the training steps: losses, accuracies, and the health of the hypergradient."""
+
+from __future__ import annotations
+
+from matplotlib.axes import Axes
+
+from .read import Record, Run
+from .style import (
+    BLACK,
+    BLUE,
+    GREY,
+    SKY,
+    VERMILION,
+    Picture,
+    dots,
+    finish,
+    legend_below,
+    new_figure,
+    panels,
+    set_scale,
+    step_axis,
+)
+from .trust import MAX_RESIDUAL
+
+
+def draw_curves(run: Run) -> Picture | None:
+    """Loss and accuracy on the training and validation images."""
+    if not run.evals and not run.records["train"]:
+        return None
+    figure = new_figure(3.8)
+    loss, accuracy = figure.subplots(1, 2)
+    _draw_losses(loss, run)
+    for part, color in (("train", BLUE), ("val", VERMILION)):
+        shares = [100 * value for value in _column(run.evals, part, "accuracy")]
+        accuracy.plot(_steps(run.evals), shares, color=color, marker=dots(shares), label=_LONG[part])
+    accuracy.set(ylabel="accuracy (%)")
+    for axes in (loss, accuracy):
+        step_axis(axes)
+        mark_first_hyper_step(axes, run)
+    legend_below(figure, loss, accuracy)
+    restarts = run.config["train"]["episodes"] or 1
+    caption = "Loss and accuracy on the training and the validation images"
+    caption += ", with a dotted line at the first hyper step" if run.hyper else ""
+    caption += f"; the loss jumps up where each of the {restarts} trainings begins" if restarts > 1 else ""
+    return finish(figure, "curves", caption + ".")
+
+
+_LONG = {"train": "training images", "val": "validation images"}
+
+
+def _draw_losses(axes: Axes, run: Run) -> None:
+    lines = run.records["train"]
+    of_batches = [line["loss"] for line in lines]
+    axes.plot(_steps(lines), of_batches, color=SKY, lw=0.7, alpha=0.7, marker=dots(lines), label="training batches")
+    shown = list(of_batches)
+    for part, color in (("train", BLUE), ("val", VERMILION)):
+        losses = _column(run.evals, part, "loss")
+        axes.plot(_steps(run.evals), losses, color=color, marker=dots(losses), label=_LONG[part])
+        shown += losses
+    axes.set(ylabel="loss (cross-entropy)")
+    set_scale(axes, "y", shown, log=True)
+
+
+def mark_first_hyper_step(axes: Axes, run: Run) -> None:
+    """A dotted line where warm-up ends."""
+    if run.hyper:
+        axes.axvline(run.hyper[0]["step"], color=BLACK, lw=0.9, ls=":", label="first hyper step")
+
+
+def draw_health(run: Run) -> Picture | None:
+    """Residual of the solver, norm of the hypergradient, and products of the solver, at each hyper step."""
+    if not run.hyper:
+        return None
+    wanted = {
+        "residual": "relative residual of the solver",
+        "hypergradient_norm": "norm of the hypergradient",
+        "num_matvecs": "products with the Hessian",
+    }
+    shown = {key: label for key, label in wanted.items() if any(line.get(key) is not None for line in run.hyper)}
+    if len({line.get("num_matvecs") for line in run.hyper}) == 1:
+        shown.pop("num_matvecs", None)  # the same each time: the head of the page says how many
+    if not shown:
+        return None
+    figure, every = panels(len(shown), 3, 2.9)
+    for axes, (key, label) in zip(every, shown.items()):
+        lines = [line for line in run.hyper if line.get(key) is not None]
+        values = [line[key] for line in lines]
+        axes.plot(_steps(lines), values, color=BLUE, marker="o", ms=4 if len(values) < 60 else 2, lw=0.9)
+        axes.set_title(label)
+        set_scale(axes, "y", values, log=key != "num_matvecs")
+        step_axis(axes)
+        if key == "residual":
+            axes.axhline(MAX_RESIDUAL, color=GREY, lw=0.9, ls="--")
+        for number, line in enumerate(run.skipped):
+            axes.axvline(line["step"], color=VERMILION, lw=0.8, alpha=0.6, label="" if number else "skipped hyper step")
+    legend_below(figure, *every)
+    caption = "How each hyper step went"
+    caption += "; above the dashed line, most of the linear system is left unsolved" if "residual" in shown else ""
+    caption += "; the vertical lines are skipped hyper steps" if run.skipped else ""
+    return finish(figure, "health", caption + ".", f"Over training steps: {', '.join(shown.values())}.")
+
+
+def _steps(lines: list[Record]) -> list[float]:
+    return [line["step"] for line in lines]
+
+
+def _column(lines: list[Record], part: str, key: str) -> list[float]:
+    return [line[part][key] for line in lines]

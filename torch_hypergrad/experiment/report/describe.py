@@ -1,0 +1,179 @@
+"""Describes a run in words: what was tuned and how, on what data, for how long."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from .read import Run, setting_of
+from .style import DASH, count_of, finite, fixed, listing, number, percent
+
+_PER = {
+    "group": "one for each group of parameters",
+    "tensor": "one for each tensor",
+    "element": "one for every single weight",
+    "step": "one for each training step",
+}
+_SOLVERS = {
+    "neumann": "a Neumann series",
+    "cg": "conjugate gradients",
+    "cholesky": "a Cholesky factorization",
+    "identity": "the identity for the inverse Hessian (T1-T2)",
+}
+_ONLY_IMAGES = {"example_weights": "a weight for each training image", "augmentation": "the augmentation of training images"}
+
+
+def in_one_sentence(run: Run) -> str:
+    """What was tuned and how."""
+    tune, method = run.config["tune"], run.config["method"]["name"]
+    if not tune or method == "none":
+        return "Trained without tuning."
+    things = [_ONLY_IMAGES.get(name) or f"{name} ({_PER.get(entry['per'], entry['per'])})" for name, entry in tune.items()]
+    count = num_values(run)
+    many = f": {count:,} values" if count is not None and count > 1 else ""
+    return f"Tuned {listing(things)}{many}, by {_how(run.config['method'])}."
+
+
+def _how(method: dict[str, Any]) -> str:
+    if method["name"] == "implicit":
+        solver = method["solver"] or "neumann"
+        terms = f" of {method['num_terms'] or 20} terms" if solver == "neumann" else ""
+        damping = f", damping {number(method['damping'])}" if method["damping"] else ""
+        return f"implicit differentiation with {_SOLVERS.get(solver, solver)}{terms}{damping}"
+    if method["name"] == "unrolled":
+        last = f" (the last {method['truncation']:,} steps)" if method["truncation"] else ""
+        return f"differentiation through the unrolled training steps{last}"
+    return "forward-mode differentiation through training"
+
+
+def num_values(run: Run) -> int | None:
+    """How many values were tuned, as far as it is known."""
+    if run.summary and run.summary.get("num_values") is not None:
+        return int(run.summary["num_values"])
+    values = run.tuned.get("values", {})
+    return sum(tensor.numel() for tensor in values.values()) if values else None
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return DASH
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def state(run: Run) -> str:
+    if run.finished:
+        return "finished"
+    return f"not finished: {run.steps:,} training steps so far"
+
+
+def headline_numbers(run: Run) -> list[tuple[str, str]]:
+    """Test accuracy and loss; the last on the validation images while there are none."""
+    if run.summary and run.summary.get("test"):
+        source, part = run.summary["test"], "test"
+    elif run.evals:
+        source, part = run.evals[-1]["val"], "validation"
+    else:
+        return []
+    so_far = "" if run.finished else ", so far"
+    return [(percent(source["accuracy"]), f"{part} accuracy{so_far}"), (fixed(source["loss"], 3), f"{part} loss{so_far}")]
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What stands under the headline."""
+    summary = run.summary or {}
+    every = [
+        ("State", state(run)),
+        ("Data", _data(run)),
+        ("Model", _model(run)),
+        ("Optimizer", _with_options(run.config["optimizer"])),
+        ("Hyper steps", _hyper_steps(run)),
+        ("Training", f"{run.steps:,} steps; seed {run.seed}"),
+        ("Cost", f"as much as {summary['cost']:,.0f} training steps" if summary.get("cost") is not None else ""),
+        ("Duration", duration(run.seconds)),
+        ("Left out", f"{count_of(run.unreadable, 'line')} of metrics.jsonl could not be read" if run.unreadable else ""),
+    ]
+    return [(name, text) for name, text in every if text]
+
+
+def _data(run: Run) -> str:
+    data = run.config["data"]
+    known = (run.summary or {}).get("sizes") or {part: data[f"{part}_size"] for part in _PARTS}
+    sizes = [f"{known[part]:,} {name}" for part, name in _PARTS.items() if known.get(part) is not None]
+    text = f"{data['name']}: {listing(sizes)} images" if sizes else data["name"]
+    text += f"; {percent(data['label_noise'], 0)} of the training labels are wrong" if data["label_noise"] else ""
+    text += f"; trained on {data['train_on'].replace('_', ' ')}" if data["train_on"] != "train" else ""
+    return text + (f"; random {data['augment'].replace('_', ' and ')}" if data["augment"] != "none" else "")
+
+
+_PARTS = {"train": "training", "val": "validation", "test": "test"}
+
+
+def _model(run: Run) -> str:
+    model, count = run.config["model"], (run.summary or {}).get("num_parameters")
+    text = _with_options({**model, "name": model["module"] or model["name"]})
+    return text + (f"; {count:,} parameters" if count is not None else "")
+
+
+def _with_options(entry: dict[str, Any]) -> str:
+    options = ", ".join(f"{key} {value}" for key, value in (entry["options"] or {}).items())
+    return f"{entry['name']} ({options})" if options else str(entry["name"])
+
+
+def _hyper_steps(run: Run) -> str:
+    if run.config["method"]["name"] == "none":
+        return "none"
+    text = f"{len(run.hyper):,} taken, {len(run.skipped):,} skipped"
+    products = [line["num_matvecs"] for line in run.hyper if line.get("num_matvecs") is not None]
+    return text + (f"; {sum(products):,} products with the Hessian" if products else "")
+
+
+def commands(run: Run) -> list[tuple[str, str]]:
+    """How the run was started, and how to go on with one that has not finished."""
+    command = (run.summary or {}).get("command")
+    found = [("The command of this run:", str(command))] if command else []
+    if not run.finished:
+        found.append(("Go on with this run:", f"torch-hypergrad resume {shlex.quote(str(run.folder))}"))
+    return found
+
+
+def surroundings(run: Run) -> list[tuple[str, str]]:
+    """Versions, device, start."""
+    summary = run.summary or {}
+    versions = ", ".join(f"{name} {version}" for name, version in (summary.get("versions") or {}).items())
+    every = {"Versions": versions, "Device": summary.get("device"), "Started": summary.get("started"), "Folder": run.folder}
+    return [(name, str(value)) for name, value in every.items() if value]
+
+
+def value_rows(run: Run) -> Sequence[Sequence[str]]:
+    """A row for each tuned name: number of values, start, and where they are now."""
+    values, start = run.tuned.get("values", {}), run.tuned.get("start", {})
+    latest = run.hyper[-1].get("values", {}) if run.hyper else {}
+    rows = []
+    for name, entry in latest.items():
+        count = f"{values[name].numel():,}" if name in values else DASH
+        begun = finite(start[name].double().numpy()) if name in start else finite([])
+        first = number(float(begun.mean())) if len(begun) else number(run.tune_of(name)["init"])
+        if isinstance(entry, dict):
+            shown = [number(entry[key]) for key in ("min", "q05", "median", "q95", "max")]
+        else:
+            shown = ["", "", number(entry), "", ""]
+        rows.append([name, count, first, *shown])
+    return rows
+
+
+VALUE_HEADERS = ("name", "values", "start (mean)", "min", "5 %", "median", "95 %", "max")
+
+
+def settings_at_bounds(run: Run) -> list[str]:
+    """A sentence for each setting of which some values were held back by a bound at the last hyper step."""
+    clipped = (run.hyper[-1].get("clipped") or {}) if run.hyper else {}
+    return [
+        f"At the last hyper step, {count:,} values of {setting_of(label)} were held back by a bound."
+        for label, count in clipped.items()
+        if count
+    ]

@@ -1,0 +1,80 @@
+"""The page of one run."""
+
+from __future__ import annotations
+
+import yaml
+
+from .curves import draw_curves, draw_health
+from .describe import (
+    VALUE_HEADERS,
+    commands,
+    facts,
+    headline_numbers,
+    in_one_sentence,
+    settings_at_bounds,
+    surroundings,
+    value_rows,
+)
+from .examples import draw_augmented, draw_lowest, draw_weights, has_weights, weights_sentences
+from .final_values import draw_histograms, draw_layers, draw_schedules
+from .groups import rows_of_run
+from .over_time import draw_over_time
+from .page import Page, Section, Table
+from .pixels import draw_pixel_maps
+from .read import Run
+from .style import Picture
+from .trust import doubts, trust_sentences
+
+MAX_ROWS = 12  # of a table that is not folded up
+
+
+def page_of_run(run: Run) -> Page:
+    sections = [_training(run), _cleaning(run), _values(run), _augmentation(run), _trust(run)]
+    return Page(
+        title=run.name,
+        subtitle=in_one_sentence(run),
+        numbers=headline_numbers(run),
+        facts=facts(run),
+        sections=[section for section in sections if section],
+        warnings=doubts(run),
+        configuration=yaml.safe_dump(run.config, sort_keys=False),
+        commands=commands(run),
+        surroundings=surroundings(run),
+    )
+
+
+def _drawn(*pictures: Picture | None) -> list[Picture]:
+    return [picture for picture in pictures if picture]
+
+
+def _training(run: Run) -> Section:
+    sentences = [] if run.evals else ["Nothing has been evaluated yet."]
+    table = Table(("images", "accuracy (%)", "loss"), rows_of_run(run))
+    return Section("Training", sentences, _drawn(draw_curves(run)), [table] if run.evals or run.finished else [])
+
+
+def _values(run: Run) -> Section | None:
+    pictures = _drawn(draw_over_time(run), draw_schedules(run))
+    pictures += [*draw_pixel_maps(run), *draw_layers(run), *_drawn(draw_histograms(run))]
+    rows = value_rows(run)
+    if not pictures and not rows:
+        return None
+    folded = f"All {len(rows)} tuned tensors in numbers" if len(rows) > MAX_ROWS else ""
+    return Section(
+        "Tuned values", settings_at_bounds(run), pictures, [Table(VALUE_HEADERS, rows, folded=folded)] if rows else []
+    )
+
+
+def _cleaning(run: Run) -> Section | None:
+    if not has_weights(run):
+        return None
+    return Section("Weights of the training images", weights_sentences(run), _drawn(draw_weights(run), draw_lowest(run)))
+
+
+def _augmentation(run: Run) -> Section | None:
+    pictures = _drawn(draw_augmented(run))
+    return Section("Learned augmentation", (), pictures) if pictures else None
+
+
+def _trust(run: Run) -> Section:
+    return Section("Is the hypergradient to be trusted?", trust_sentences(run), _drawn(draw_health(run)))

@@ -1,0 +1,167 @@
+"""The page that compares several runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+import yaml
+
+from .comparison import draw_overlaid, draw_results
+from .describe import duration, in_one_sentence
+from .groups import HEADERS, Group, accuracy_of, differing, mean_of, row_of, spread, tuned_in_brief
+from .page import Page, Section, Table
+from .read import Run
+from .style import count_of, fixed, listing, number, percent, quoted
+from .trust import doubts, late_residual
+
+MAX_ROWS = 12
+MAX_COLUMNS = 8
+
+
+def page_of_runs(groups: Sequence[Group], out: Path) -> Page:
+    runs = [run for group in groups for run in group.runs]
+    sections = [_results(groups), _losses(groups), _tuned(groups), _differences(groups), _each_run(groups, out)]
+    return Page(
+        title=f"{len(groups)} rows compared" if len(groups) > 1 else f"{groups[0].name}, {len(runs)} runs",
+        subtitle=_subtitle(groups, runs),
+        numbers=_best(groups),
+        facts=_facts(runs),
+        sections=[section for section in sections if section],
+        warnings=_warnings(groups),
+        configuration=yaml.safe_dump(runs[0].config, sort_keys=False),
+        commands=[("The keys below are those of the first run; what differs is in the table above.", str(runs[0].folder))],
+    )
+
+
+def _subtitle(groups: Sequence[Group], runs: Sequence[Run]) -> str:
+    unfinished = sum(not run.finished for run in runs)
+    left_out = f"; {unfinished} not finished, and left out of all means" if unfinished else ""
+    return f"{count_of(len(runs), 'run')} in {count_of(len(groups), 'row')}{left_out}."
+
+
+def _best(groups: Sequence[Group]) -> list[tuple[str, str]]:
+    """The row of the highest mean test accuracy."""
+    accuracies = {place: group.numbers("test", "accuracy") for place, group in enumerate(groups)}
+    means = {place: sum(values) / len(values) for place, values in accuracies.items() if values}
+    if not means:
+        return []
+    best = groups[max(means, key=lambda place: means[place])]
+    loss = spread(best.numbers("test", "loss"), 3)
+    return [(f"{accuracy_of(best, 'test')} %", f"highest mean test accuracy: {best.name}"), (loss, "its test loss")]
+
+
+def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    data = dict.fromkeys(str(run.config["data"]["name"]) for run in runs)
+    models = dict.fromkeys(str(run.config["model"]["module"] or run.config["model"]["name"]) for run in runs)
+    total = sum(run.seconds or 0.0 for run in runs)
+    return [("Data", listing(data)), ("Model", listing(models)), ("Duration", f"{duration(total)} for all runs together")]
+
+
+def _warnings(groups: Sequence[Group]) -> list[str]:
+    """How many runs of which rows raise doubts; the table of runs tells which."""
+    num_runs = {group.name: len(group.runs) for group in groups}
+    doubtful = {group.name: sum(bool(doubts(run)) for run in group.runs) for group in groups}
+    named = [f"{quoted(name)} ({count} of {num_runs[name]} runs)" for name, count in doubtful.items() if count]
+    return [f"The hypergradient is in doubt in {listing(named)}: see the table of all runs."] if named else []
+
+
+def _results(groups: Sequence[Group]) -> Section:
+    headers = [*HEADERS[:2], "runs", *HEADERS[2:4], "validation loss", *HEADERS[4:]]
+    rows = []
+    for group in groups:
+        name, values, accuracy, loss, cost, seconds = row_of(group)
+        finished = (
+            f"{len(group.finished)} of {len(group.runs)}" if len(group.finished) < len(group.runs) else str(len(group.runs))
+        )
+        rows.append([name, values, finished, accuracy, loss, spread(group.numbers("val", "loss"), 3), cost, seconds])
+    several = any(len(group.finished) > 1 for group in groups)
+    sentences = ["Means over the seeds ± sample standard deviation; cost and seconds are means."] if several else []
+    picture = draw_results(groups)
+    return Section("Results", sentences, [picture] if picture else [], [Table(headers, rows)])
+
+
+def _losses(groups: Sequence[Group]) -> Section | None:
+    picture = draw_overlaid(groups)
+    return Section("Training", (), [picture]) if picture else None
+
+
+def _tuned(groups: Sequence[Group]) -> Section:
+    rows = [[group.name, _methods(group), tuned_in_brief(group)] for group in groups]
+    sentence = "At the end: the value, or the median of many with the range from their 5 % to their 95 % quantile."
+    return Section("What was tuned", [sentence], (), [Table(("row", "how", "values"), rows, num_words=3)])
+
+
+def _methods(group: Group) -> str:
+    return " ".join(dict.fromkeys(in_one_sentence(run) for run in group.runs))
+
+
+def _differences(groups: Sequence[Group]) -> Section | None:
+    found = differing(groups)
+    if not found:
+        return None
+    if len(groups) <= MAX_COLUMNS:
+        rows = [[key, *cells] for key, cells in found.items()]
+        table = Table(("key", *(group.name for group in groups)), rows)
+    else:
+        rows = [[group.name, *cells] for group, cells in zip(groups, zip(*found.values()))]
+        table = Table(("row", *found), rows)
+    return Section("What differs in the configuration", (), (), [table])
+
+
+def _each_run(groups: Sequence[Group], out: Path) -> Section:
+    headers = (
+        "run",
+        "in doubt",
+        "seed",
+        "test accuracy",
+        "test loss",
+        "steps",
+        "hyper steps",
+        "skipped",
+        "residual",
+        "seconds",
+    )
+    runs = [run for group in groups for run in group.runs]
+    rows = [_run_row(run) for run in runs]
+    folded = f"All {len(rows)} runs" if len(rows) > MAX_ROWS else ""
+    links = [_link(run, out) for run in runs]
+    doubted: dict[str, list[str]] = {}
+    for run in runs:
+        for sentence in doubts(run):
+            doubted.setdefault(sentence, []).append(quoted(run.name))
+    sentences = [f"{_few(names)}: {sentence}" for sentence, names in list(doubted.items())[:MAX_ROWS]]
+    return Section("Each run", sentences, (), [Table(headers, rows, num_words=2, folded=folded, links=links)])
+
+
+def _few(names: Sequence[str]) -> str:
+    return listing(names) if len(names) < 5 else listing([*names[:3], f"{len(names) - 3} others"])
+
+
+def _run_row(run: Run) -> list[str]:
+    test = (run.summary or {}).get("test") or {}
+    unfinished = "" if run.finished else " (not finished)"
+    cells = [
+        percent(test.get("accuracy")),
+        fixed(test.get("loss"), 3),
+        f"{run.steps:,}",
+        str(len(run.hyper)),
+        str(len(run.skipped)),
+    ]
+    doubted = "yes" if doubts(run) else ""
+    return [
+        run.name + unfinished,
+        doubted,
+        str(run.seed),
+        *cells,
+        number(late_residual(run), 2),
+        mean_of([run.seconds or 0], 1),
+    ]
+
+
+def _link(run: Run, out: Path) -> str:
+    """To the run's own report, if there is one."""
+    report = run.folder / "report" / "report.html"
+    return quote(Path(os.path.relpath(report, out)).as_posix()) if report.is_file() else ""
