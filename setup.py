@@ -18,7 +18,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["torch_hypergrad", "torch_hypergrad.*"]),
-    package_data={"torch_hypergrad": ["py.typed"]},
+    package_data={"torch_hypergrad": ["py.typed"], "torch_hypergrad.experiment.report": ["*.j2"]},
+    entry_points={"console_scripts": ["torch-hypergrad = torch_hypergrad.cli:main"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -29,6 +30,11 @@ setup(
         "matplotlib>=3.8",
         "scikit-learn>=1.4",
         "tabulate>=0.9",
+        "jsonargparse[signatures]>=4.35",
+        "pyyaml>=6",
+        "tensorboard>=2.16",
+        "jinja2>=3.1",
+        "filelock>=3.12",
     ],
     extras_require={
         "test": test,

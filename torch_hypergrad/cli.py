@@ -1,0 +1,143 @@
+"""The command line: ``torch-hypergrad train | resume | report | compare``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from .experiment.config import Config, ConfigError
+from .experiment.parsing import add_config, config_of, parse
+
+OK, FAILED, REFUSED = 0, 1, 2
+STOPPED = 128  # and the number of the signal, as shells do
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        The exit code: 0; 1 if training failed; 2 for a configuration or folder that is refused; 128 and the signal's
+        number if a signal stopped the run.
+    """
+    from .experiment.loop import TrainingError
+
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser, commands = _parser()
+    try:
+        arguments = parse(parser, argv)
+        command = arguments.command
+        return {"train": _train, "resume": _resume, "report": _report, "compare": _compare}[command](
+            commands[command], arguments[command]
+        )
+    except ConfigError as error:
+        return _say(f"torch-hypergrad: error: {' '.join(str(error).split())}", REFUSED)
+    except TrainingError as error:
+        return _say(f"torch-hypergrad: {error}", FAILED)
+
+
+@cache
+def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    parser = ArgumentParser(
+        prog="torch-hypergrad",
+        description="Trains models and tunes their hyperparameters by hypergradients.",
+        exit_on_error=False,
+    )
+    commands = {
+        name: ArgumentParser(exit_on_error=False, description=text, usage=f"torch-hypergrad {USAGE[name]}")
+        for name, text in DESCRIPTIONS.items()
+    }
+    add_config(commands["train"])
+    commands["train"].add_argument("--dry_run", type=bool, default=False, help="check and build everything, train nothing")
+    commands["resume"].add_argument("run_dir", type=Path, help="the folder of the run")
+    commands["report"].add_argument("run_dirs", type=Path, nargs="+", help="folders of runs; several are compared")
+    commands["report"].add_argument("--out", type=Path | None, default=None, help="folder of the report")
+    add_config(commands["compare"])
+    commands["compare"].add_argument("--seeds", type=int, default=3, help="how many seeds, from train.seed on")
+    commands["compare"].add_argument("--jobs", type=int, default=1, help="how many runs at a time, each a process")
+    subcommands = parser.add_subcommands(dest="command", required=True)
+    for name, command in commands.items():
+        subcommands.add_subcommand(name, command, help=DESCRIPTIONS[name])
+    return parser, commands
+
+
+DESCRIPTIONS = {
+    "train": "Trains by a configuration, tunes while training, and writes a report.",
+    "resume": "Goes on with a run that was stopped, killed or lost; the result is bitwise the same on a CPU.",
+    "report": "Writes the report of a run, or compares several.",
+    "compare": "Trains the same model with fixed, searched and tuned hyperparameters, and compares them on the test set.",
+}
+USAGE = {
+    "train": "train [--config FILE] [--KEY VALUE ...]",
+    "resume": "resume RUN_DIR",
+    "report": "report RUN_DIR [RUN_DIR ...] [--out FOLDER]",
+    "compare": "compare [--config FILE] [--KEY VALUE ...] [--seeds N] [--jobs N]",
+}
+
+
+def _train(parser: ArgumentParser, arguments: Namespace) -> int:
+    from .experiment import start
+    from .experiment.build import build
+
+    config = config_of(parser, arguments)
+    if arguments.dry_run:
+        build(config)
+        print("The configuration can be run.")
+        return OK
+    return _end(*start.train(config, _name(arguments)))
+
+
+def _resume(parser: ArgumentParser, arguments: Namespace) -> int:
+    from .experiment import start
+
+    return _end(*start.resume(arguments.run_dir))
+
+
+def _report(parser: ArgumentParser, arguments: Namespace) -> int:
+    from .experiment.report import table_of, write_report
+
+    page = write_report(arguments.run_dirs, arguments.out)
+    print(table_of(arguments.run_dirs))
+    print(f"\nReport: {page}")
+    return OK
+
+
+def _compare(parser: ArgumentParser, arguments: Namespace) -> int:
+    from .experiment.compare import compare
+    from .experiment.report import table_of, write_report
+
+    config: Config = config_of(parser, arguments)
+    folder, runs, signal = compare(config, _name(arguments), arguments.seeds, arguments.jobs)
+    if signal is not None:
+        return _say(f"Stopped. Go on with the same command and --output.folder {folder}", STOPPED + signal)
+    page = write_report(runs, folder / "report")
+    print(f"\n{table_of(runs)}\n\nReport: {page}")
+    return OK
+
+
+def _end(folder: Path, signal: int | None) -> int:
+    """What a user sees at the end of training."""
+    from .experiment.report import table_of, write_report
+
+    if signal is not None:
+        return _say(f"Stopped. Go on with: torch-hypergrad resume {folder}", STOPPED + signal)
+    page = write_report([folder])
+    print(f"\n{table_of([folder])}\n\nReport: {page}")
+    return OK
+
+
+def _name(arguments: Namespace) -> str:
+    """A run's name: that of its configuration file."""
+    return Path(str(arguments.config[0])).stem if arguments.config else "run"
+
+
+def _say(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

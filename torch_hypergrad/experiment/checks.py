@@ -1,0 +1,163 @@
+"""What a configuration must fulfil beyond the types of its keys, found before any data is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+from ..methods import ForwardMode, Implicit, Unrolled
+from ..solvers import CG, Cholesky, Identity, Neumann
+from .config import Config, ConfigError, MethodConfig, Tune
+
+SOLVERS: dict[str, type] = {"neumann": Neumann, "cg": CG, "cholesky": Cholesky, "identity": Identity}
+METHODS: dict[str, type] = {"implicit": Implicit, "unrolled": Unrolled, "forward": ForwardMode}
+MOST_THREADS = 1024
+LOSS_TENSORS = ("example_weights", "augmentation")
+
+AT_LEAST_ONE = {
+    "train": ("steps", "epochs", "episodes", "batch_size", "hyper_every", "val_batch_size", "threads"),
+    "output": ("log_every", "eval_every", "eval_size", "checkpoint_every", "keep_checkpoints"),
+    "compare": ("grid_size",),
+    "data": ("image_size", "train_size", "val_size", "test_size"),
+    "method": ("num_terms", "max_steps", "num_batches", "truncation", "max_snapshots"),
+}
+
+
+def check(config: Config) -> None:
+    """Refuses what cannot be run, with the first reason.
+
+    Raises:
+        ConfigError: one line with the key, what came, what was expected and the remedy.
+    """
+    for reason in _reasons(config):
+        raise ConfigError(reason)
+
+
+def method_keys(config: MethodConfig) -> dict[str, set[str]]:
+    """The keys that the chosen method takes, and of these the ones that its solver takes."""
+    solver = SOLVERS[config.solver or "neumann"] if config.name == "implicit" else None
+    method = METHODS.get(config.name)
+    return {
+        "method": {f.name for f in fields(method)} if method else set(),
+        "solver": {f.name for f in fields(solver)} if solver else set(),
+    }
+
+
+def _reasons(config: Config) -> Iterator[str]:
+    yield from _nulls(config)
+    yield from _small_numbers(config)
+    yield from _length(config)
+    yield from _method(config)
+    yield from _tune(config)
+    yield from _hyper_steps(config)
+    yield from _rivals(config)
+
+
+def _nulls(section: Any, path: str = "") -> Iterator[str]:
+    """Keys that are null and may not be."""
+    for name, hint in get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        if value is None and type(None) not in get_args(hint):
+            yield f"{path}{name} must not be null."
+        elif is_dataclass(value):
+            yield from _nulls(value, f"{path}{name}.")
+        elif name == "tune":
+            for tuned, tune in value.items():
+                yield from _nulls(tune, f"tune.{tuned}.")
+
+
+def _small_numbers(config: Config) -> Iterator[str]:
+    for section, keys in AT_LEAST_ONE.items():
+        for key in keys:
+            value = getattr(getattr(config, section), key)
+            if value is not None and value < 1:
+                yield f"{section}.{key} must be at least 1, got {value}."
+    train = config.train
+    if train.threads is not None and train.threads > MOST_THREADS:
+        yield f"train.threads must be at most {MOST_THREADS}, got {train.threads}."
+    if train.warmup < 0:
+        yield f"train.warmup must be at least 0, got {train.warmup}."
+    if not 0 <= train.seed < 2**32:
+        yield f"train.seed must be in [0, 2**32), got {train.seed}."
+    if train.clip_norm is not None and not 0 < train.clip_norm < float("inf"):
+        yield f"train.clip_norm must be positive and finite, got {train.clip_norm}. null does not clip."
+    if not 0 <= config.data.label_noise < 1:
+        yield f"data.label_noise is a fraction of the labels in [0, 1), got {config.data.label_noise}."
+
+
+def _length(config: Config) -> Iterator[str]:
+    train = config.train
+    if (train.steps is None) == (train.epochs is None):
+        yield f"Give either train.steps or train.epochs: got train.steps={train.steps} and train.epochs={train.epochs}."
+    if train.episodes > 1 and config.scheduler.name is not None:
+        yield (
+            f"scheduler.name={config.scheduler.name} with train.episodes={train.episodes}: a scheduler goes on where an "
+            "episode begins anew. Tune a schedule (tune.lr.per=step), or set train.episodes to 1."
+        )
+
+
+def _method(config: Config) -> Iterator[str]:
+    method = config.method
+    if method.name == "none" and config.tune:
+        yield f"method.name=none trains without tuning, and tune has {', '.join(config.tune)}. Choose a method, or empty tune."
+    if method.name != "none" and not config.tune:
+        yield f"tune is empty, and method.name={method.name} needs something to tune. Name it there, or set method.name=none."
+    taken = method_keys(method)
+    for key, value in asdict(method).items():
+        if key == "name" or value is None or key in taken["method"] | taken["solver"]:
+            continue
+        chosen = f"method.name={method.name}"
+        if method.name == "implicit":
+            chosen += f" with method.solver={method.solver or 'neumann'}"
+        able = ", ".join(sorted(taken["method"] | taken["solver"])) or "no key"
+        yield f"method.{key}={value} does not go with {chosen}, which takes: {able}."
+
+
+def _tune(config: Config) -> Iterator[str]:
+    for name, tune in config.tune.items():
+        if name in LOSS_TENSORS:
+            allowed = Tune(init=tune.init) if name == "example_weights" else Tune()
+            for key, value in asdict(tune).items():
+                if value != getattr(allowed, key):
+                    yield f"tune.{name}.{key}={value}: {name} takes {'no key but init' if tune.init else 'no keys'}."
+        elif tune.per == "step" and config.train.episodes == 1:
+            yield (
+                f"tune.{name}.per=step tunes a schedule over an episode, which must be trained several times: set "
+                "train.episodes to 20 or more, got 1."
+            )
+    weights = config.tune.get("example_weights")
+    if weights and weights.init is not None and not 0 < weights.init < 1:
+        yield f"tune.example_weights.init must lie between 0 and 1, got {weights.init}."
+
+
+def _hyper_steps(config: Config) -> Iterator[str]:
+    train = config.train
+    if config.method.name == "none":
+        if train.episodes > 1:
+            yield f"train.episodes={train.episodes} with method.name=none: nothing changes between episodes. Set it to 1."
+        return
+    if train.episodes == 1 and train.hyper_every is None:
+        yield "train.hyper_every is null and train.episodes is 1, so there would be no hyper step. Set train.hyper_every."
+    if train.episodes > 1 and (train.hyper_every is not None or train.warmup):
+        yield (
+            f"train.hyper_every={train.hyper_every} and train.warmup={train.warmup} with train.episodes={train.episodes}: "
+            "with several episodes there is one hyper step after each. Set them to null and 0."
+        )
+    if train.steps is not None and train.hyper_every is not None and train.warmup + train.hyper_every > train.steps:
+        yield (
+            f"The first hyper step would be at train.warmup + train.hyper_every = {train.warmup + train.hyper_every}, and "
+            f"train.steps is {train.steps}: nothing would be tuned. Train longer, or lower one of them."
+        )
+
+
+def _rivals(config: Config) -> Iterator[str]:
+    if config.data.train_on != "train" and config.method.name != "none":
+        yield (
+            f"data.train_on={config.data.train_on} with method.name={config.method.name}: tuning on images that are trained "
+            "on overfits them. Set data.train_on=train, or method.name=none and an empty tune."
+        )
+    compare = config.compare
+    if not compare.low < compare.high or (compare.log and compare.low <= 0):
+        least = "0 < compare.low < compare.high on a log scale" if compare.log else "compare.low < compare.high"
+        yield f"The grid needs {least}, got compare.low={compare.low} and compare.high={compare.high}."

@@ -1,0 +1,234 @@
+"""Honest rivals: the same model with fixed, searched and tuned hyperparameters, and trained on more images."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import loguniform, uniform
+from sklearn.model_selection import ParameterSampler
+from tqdm import tqdm
+
+from .build import make_optimizer
+from .config import CompareConfig, Config, ConfigError, MethodConfig
+from .loop import TrainingError
+from .run_folder import RunFolder, write_atomically
+from .start import folder_of, run_in
+from .stopping import StopRequest, stop_on_signals
+
+DEFAULT, GRID, RANDOM = "fixed default", "best of a grid", "best of a random search"
+TUNED, BOTH, VAL_ALONE = "tuned by hypergradients", "best of the grid, on both sets", "best of the grid, on validation set"
+ROWS = (DEFAULT, GRID, RANDOM, TUNED, VAL_ALONE, BOTH)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a comparison."""
+
+    config: Config
+    path: Path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Its results."""
+        return json.loads(RunFolder(self.path).summary_file.read_text())
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has results."""
+        return RunFolder(self.path).finished
+
+
+def compare(config: Config, name: str, num_seeds: int, num_jobs: int) -> tuple[Path, list[Path], int | None]:
+    """Trains every rival for every seed; what is there already is not trained again.
+
+    Returns:
+        The folder, the folders of the runs to compare as ``ROW/seed-N``, and the signal that stopped it or None.
+
+    Raises:
+        ConfigError: before anything is trained.
+        TrainingError: if the tuned run failed. A failed trial of a search is left out, as a search would.
+    """
+    _check(config, num_seeds, num_jobs)
+    folder = folder_of(config, f"compare-{name}")
+    seeds = [replace(config, train=replace(config.train, seed=config.train.seed + i)) for i in range(num_seeds)]
+    rivals = [Rivals(seed, folder) for seed in seeds]
+    with stop_on_signals() as stop, Workers(num_jobs, stop) as workers:
+        for of_seed in (Rivals.first_round, Rivals.second_round):
+            workers.run([trial for rival in rivals for trial in of_seed(rival)])
+            if stop.signal is not None:
+                return folder, [], stop.signal
+    rows = [row for rival in rivals for row in rival.rows()]
+    return folder, sorted(rows, key=lambda row: ROWS.index(row.parent.name)), None
+
+
+def _check(config: Config, num_seeds: int, num_jobs: int) -> None:
+    if num_seeds < 1 or num_jobs < 1:
+        raise ConfigError(f"--seeds and --jobs must be at least 1, got {num_seeds} and {num_jobs}.")
+    if config.method.name == "none":
+        raise ConfigError("compare needs a configuration that tunes something: method.name is none.")
+    options = config.optimizer.options | {config.compare.setting: config.compare.low}
+    try:
+        make_optimizer(config.optimizer.name, options, "optimizer", [torch.zeros(1, requires_grad=True)])
+    except ConfigError as error:
+        raise ConfigError(f"compare.setting={config.compare.setting}: {error}") from error
+
+
+class Rivals:
+    """All that one seed trains: the tuned run, its rivals, and the trials of their searches."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self._config, self._folder = config, folder
+        self._tuned = Trial(config, self._place(TUNED))
+        self._default = Trial(_fixed(config), self._place(DEFAULT))
+        self._grid = self._search(GRID, _grid(config.compare))
+        self._random: list[Trial] = []
+
+    def first_round(self) -> list[Trial]:
+        """What needs no results."""
+        return [self._tuned, self._default, *self._grid]
+
+    def second_round(self) -> list[Trial]:
+        """A random search that costs what the tuned run cost, and the grid's best value on other images."""
+        if not self._tuned.finished:
+            raise TrainingError(f"The tuned run in {self._tuned.path} failed, so there is nothing to compare.")
+        steps_of_trial = self._tuned.summary["steps"] / self._config.train.episodes
+        num_trials = max(1, round(self._tuned.summary["cost"] / steps_of_trial))
+        self._random = self._search(RANDOM, _random(self._config, num_trials))
+        return [*self._random, *self._on_other_images()]
+
+    def rows(self) -> list[Path]:
+        """The folders of the runs to compare; of a search a copy of the best, with the cost of all its trials."""
+        single = [trial.path for trial in (self._default, self._tuned, *self._on_other_images()) if trial.finished]
+        searched = [_copy(trials, self._place(row)) for row, trials in ((GRID, self._grid), (RANDOM, self._random))]
+        return single + [row for row in searched if row is not None]
+
+    def _place(self, row: str) -> Path:
+        return self._folder / row / f"seed-{self._config.train.seed}"
+
+    def _search(self, row: str, values: Iterable[float]) -> list[Trial]:
+        setting, place = self._config.compare.setting, self._folder / "trials" / row / f"seed-{self._config.train.seed}"
+        return [Trial(_fixed(self._config, **{setting: value}), place / f"{setting}={value:.4g}") for value in values]
+
+    def _on_other_images(self) -> list[Trial]:
+        best = _best(self._grid)
+        if best is None:
+            return []
+        sets = {BOTH: "train_and_val"} | ({VAL_ALONE: "val"} if self._config.data.label_noise else {})
+        other = {row: replace(best.config, data=replace(best.config.data, train_on=images)) for row, images in sets.items()}  # type: ignore[arg-type]
+        return [Trial(config, self._place(row)) for row, config in other.items()]
+
+
+def _fixed(config: Config, **options: float) -> Config:
+    """The same training without tuning."""
+    return replace(
+        config,
+        tune={},
+        method=MethodConfig(name="none"),
+        optimizer=replace(config.optimizer, options=config.optimizer.options | options),
+        train=replace(config.train, episodes=1, hyper_every=None, warmup=0),
+    )
+
+
+def _grid(search: CompareConfig) -> list[float]:
+    space = np.geomspace if search.log else np.linspace
+    return space(search.low, search.high, search.grid_size).tolist()
+
+
+def _random(config: Config, num_trials: int) -> list[float]:
+    search = config.compare
+    spread = loguniform(search.low, search.high) if search.log else uniform(search.low, search.high - search.low)
+    drawn = ParameterSampler({search.setting: spread}, num_trials, random_state=config.train.seed)
+    return [float(draw[search.setting]) for draw in drawn]
+
+
+def _best(trials: Sequence[Trial]) -> Trial | None:
+    """The trial with the least validation loss."""
+    return min((t for t in trials if t.finished), key=lambda trial: trial.summary["val"]["loss"], default=None)
+
+
+def _copy(trials: Sequence[Trial], place: Path) -> Path | None:
+    best = _best(trials)
+    if best is None:
+        return None
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(best.path, place, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", ".lock"))
+    summaries = [trial.summary for trial in trials if trial.finished]
+    totals = {key: sum(summary[key] for summary in summaries) for key in ("cost", "seconds")} | {"num_trials": len(trials)}
+    write_atomically(place / "summary.json", json.dumps(best.summary | totals, indent=2).encode())
+    return place
+
+
+# ---- processes --------------------------------------------------------------------------------------------------------
+
+_stop_workers: Event
+
+
+class WorkerStop(StopRequest):
+    """The request of the main process, as a worker sees it."""
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop after this step."""
+        return _stop_workers.is_set()
+
+
+def _begin_worker(event: Event) -> None:
+    global _stop_workers
+    _stop_workers = event
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process hears them, and sets the event
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _work(trial: Trial) -> str | None:
+    """Runs a trial, also one that was begun; why it failed, if it did."""
+    try:
+        run_in(trial.config, RunFolder(trial.path), WorkerStop(), quiet=True)
+    except (ConfigError, TrainingError) as error:
+        return str(error)
+    return None
+
+
+class Workers:
+    """Processes that run trials, and a bar that counts them."""
+
+    def __init__(self, num_jobs: int, stop: StopRequest) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._event, self._stop = context.Event(), stop
+        self._pool = ProcessPoolExecutor(num_jobs, context, _begin_worker, (self._event,))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._event.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, trials: Sequence[Trial]) -> None:
+        """Runs them all, or until a stop is requested."""
+        futures = {self._pool.submit(_work, trial): trial for trial in trials}
+        with tqdm(total=len(trials), unit="run", dynamic_ncols=True) as bar:
+            for future in self._completed(futures):
+                failure = future.result()
+                if failure is not None:
+                    bar.write(f"{futures[future].path}: {failure}")
+                bar.update()
+
+    def _completed(self, futures: Iterable[Future[str | None]]) -> Iterator[Future[str | None]]:
+        left = set(futures)
+        while left:
+            done, left = wait(left, timeout=0.2, return_when=FIRST_COMPLETED)
+            yield from done
+            if self._stop.requested and not self._event.is_set():
+                self._event.set()
+                left = {future for future in left if not future.cancel()}

@@ -1,0 +1,231 @@
+"""The training loop: steps, hyper steps, metrics, checkpoints, and the way on after a stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import HypergradientError, SolverError
+from ..hyper_optimizer import HyperOptimizer, HyperReport
+from .build import Parts
+from .config import Config, MethodConfig
+from .metrics import MetricsLog, in_brief
+from .results import summary_of, tuned_of
+from .run_folder import RunFolder
+from .stopping import StopRequest
+
+REMEDY = "Lower the learning rate, or set train.clip_norm."
+
+
+class TrainingError(Exception):
+    """Training cannot go on. The message is one line: what happened, why, the remedy."""
+
+
+@dataclass
+class Progress:
+    """Where a run is, apart from the weights."""
+
+    step: int = 0
+    seconds: float = 0.0
+    cost: float = 0.0
+    num_hyper_steps: int = 0
+    num_skipped: int = 0
+    metrics_size: int = 0
+
+
+class Run:
+    """One run of a configuration in its folder, from the start or from its newest checkpoint.
+
+    Args:
+        config: the configuration, checked.
+        parts: what :func:`build` made of it.
+        folder: an existing run folder.
+    """
+
+    def __init__(self, config: Config, parts: Parts, folder: RunFolder) -> None:
+        self.config, self.parts, self.folder = config, parts, folder
+        self.progress = Progress()
+        self.total = parts.steps * config.train.episodes
+        self._eval_every = config.output.eval_every or max(1, self.total // 50)
+        self._checkpoint_every = config.output.checkpoint_every or max(1, self.total // 10)
+        self._start = parts.training.values()
+        self._losses = {"train": float("nan"), "val": float("nan")}
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def train(self, stop: StopRequest, quiet: bool = False) -> bool:
+        """Trains to the end, or until a stop is requested: then the step is finished and a checkpoint written.
+
+        Returns:
+            Whether the run is finished.
+
+        Raises:
+            TrainingError: if the training loss is no longer finite, or a hypergradient is not.
+        """
+        with tqdm(total=self.total, initial=self.progress.step, unit="step", dynamic_ncols=True, disable=quiet) as bar:
+            self._metrics = MetricsLog(self.folder, self.progress.step, self.config.output.tensorboard)
+            try:
+                self._train(stop, bar)
+            finally:
+                self._metrics.close()
+        if self.progress.step < self.total:
+            return False
+        self._finish()
+        return True
+
+    def _train(self, stop: StopRequest, bar: tqdm) -> None:
+        progress, began = self.progress, time.monotonic() - self.progress.seconds
+        if progress.step == 0:
+            self._evaluate(bar)
+        while progress.step < self.total and not stop.requested:
+            self._step(bar)
+            progress.seconds = time.monotonic() - began
+            if progress.step % self._eval_every == 0 or progress.step == self.total:
+                self._evaluate(bar)
+            if is_hyper_step(self.config, self.parts.steps, progress.step):
+                self._hyper_step(bar)
+            bar.update()
+            if progress.step % self._checkpoint_every == 0 and progress.step < self.total:
+                self._save()
+        if progress.step < self.total:
+            self._save()
+
+    def _step(self, bar: tqdm) -> None:
+        config, progress, parts = self.config, self.progress, self.parts
+        rows = parts.train_order.batch(progress.step).to(parts.device)
+        loss = self._guarded(lambda: parts.training.step(rows))
+        progress.step += 1
+        progress.cost += 1
+        self._step_scheduler()
+        if progress.step % config.output.log_every == 0:
+            self._log_train_loss(float(loss), bar)
+
+    def _step_scheduler(self) -> None:
+        scheduler, order = self.parts.scheduler, self.parts.train_order
+        every_step = self.config.scheduler.every == "step"
+        if scheduler is not None and (every_step or self.progress.step % order.batches_per_epoch == 0):
+            scheduler.step()
+
+    def _hyper_step(self, bar: tqdm) -> None:
+        hyper, progress, order = self.parts.training, self.progress, self.parts.val_order
+        assert isinstance(hyper, HyperOptimizer)
+        rows = order.batch(progress.num_hyper_steps + progress.num_skipped).to(self.parts.device)
+        try:
+            report = self._guarded(lambda: hyper.hyper_step(rows))
+        except SolverError as error:
+            progress.num_skipped += 1
+            reason = " ".join(str(error).split())
+            self._metrics.log({"kind": "skipped", "step": progress.step, "reason": reason})
+            bar.write(f"step {progress.step}: hyper step skipped. {reason}")
+        else:
+            progress.num_hyper_steps += 1
+            progress.cost += cost_of(self.config.method, report, self._window())
+            self._metrics.hyper_step(progress.step, report, hyper.values())
+        if self.config.train.episodes > 1:
+            hyper.restart()
+
+    def _window(self) -> int:
+        """Training steps that an unrolled hyper step goes back over."""
+        truncation = self.config.method.truncation
+        window = self.config.train.hyper_every or self.parts.steps
+        return window if truncation is None else min(window, truncation)
+
+    def _guarded(self, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except SolverError:
+            raise
+        except HypergradientError as error:
+            self._fail(" ".join(str(error).split()))
+
+    def _fail(self, reason: str) -> None:
+        raise TrainingError(
+            f"Training stopped after step {self.progress.step}: {reason} The metrics are in {self.folder.path}."
+        )
+
+    # ---- metrics --------------------------------------------------------------------------------------------------
+
+    def _log_train_loss(self, loss: float, bar: tqdm) -> None:
+        if not math.isfinite(loss):
+            self._fail(f"the training loss is {loss}. {REMEDY}")
+        self._metrics.log({"kind": "train", "step": self.progress.step, "loss": loss})
+        self._losses["train"] = loss
+        self._show(bar)
+
+    def _evaluate(self, bar: tqdm) -> None:
+        parts = self.parts
+        some = slice(0, self.config.output.eval_size)
+        train, val = (parts.objective.evaluate(parts.model, part[some]) for part in (parts.data.train, parts.data.val))
+        if not math.isfinite(train["loss"] + val["loss"]):
+            self._fail(
+                f"the loss is {train['loss']} on the training images and {val['loss']} on the validation images. {REMEDY}"
+            )
+        row = {"kind": "eval", "step": self.progress.step, "seconds": round(self.progress.seconds, 2)}
+        self._metrics.log({**row, "train": train, "val": val})
+        self._losses.update(train=train["loss"], val=val["loss"])
+        self._show(bar)
+
+    def _show(self, bar: tqdm) -> None:
+        losses = {f"{name} loss": f"{loss:.4f}" for name, loss in self._losses.items()}
+        bar.set_postfix(losses | in_brief(self.parts.training.values()), refresh=False)
+
+    # ---- checkpoints and results ----------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        self._metrics.flush()
+        self.progress.metrics_size = self.folder.sync_metrics()
+        scheduler = self.parts.scheduler
+        state = {
+            "progress": asdict(self.progress),
+            "training": self.parts.training.state_dict(),
+            "scheduler": scheduler.state_dict() if scheduler else None,
+            "losses": self._losses,
+        }
+        self.folder.save_checkpoint(self.progress.step, state, self.config.output.keep_checkpoints)
+
+    def load(self) -> list[Path]:
+        """Goes back to the newest checkpoint that is whole, or to the start where there is none.
+
+        Returns:
+            The damaged checkpoints that were passed over.
+        """
+        state, damaged = self.folder.load_checkpoint()
+        if state is not None:
+            self.progress = Progress(**state["progress"])
+            self.parts.training.load_state_dict(state["training"])
+            if self.parts.scheduler is not None:
+                self.parts.scheduler.load_state_dict(state["scheduler"])
+            self._losses = state["losses"]
+        self.folder.open_metrics(self.progress.metrics_size)
+        return damaged
+
+    def _finish(self) -> None:
+        values: dict[str, Tensor] = self.parts.training.values()
+        tuned = tuned_of(self.parts, self._start, values)
+        summary = summary_of(self.parts, asdict(self.progress), values)
+        self.folder.finish(summary, tuned, self.parts.model.state_dict())
+
+
+def is_hyper_step(config: Config, steps: int, step: int) -> bool:
+    """Whether a hyper step follows training step ``step``, counted from 1, where an episode has ``steps`` of them."""
+    train = config.train
+    if config.method.name == "none":
+        return False
+    if train.episodes > 1:
+        return step % steps == 0 and step < steps * train.episodes
+    return train.hyper_every is not None and step > train.warmup and (step - train.warmup) % train.hyper_every == 0
+
+
+def cost_of(method: MethodConfig, report: HyperReport, window: int) -> float:
+    """A hyper step's cost in training steps, counted, not timed: a product with the Hessian is taken as 2 training steps, a
+    replayed step as 3, and the validation gradient and the mixed product as 3 together."""
+    if method.name == "implicit":
+        return 3 + 2 * (report.num_matvecs or 0) * (method.num_batches or 1)
+    return 1 + 3 * window

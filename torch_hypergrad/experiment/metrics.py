@@ -1,0 +1,93 @@
+"""What a run tells while it trains: JSON lines, TensorBoard, and the tuned values in brief."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..hyper_optimizer import HyperReport
+from .run_folder import RunFolder
+
+QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
+MOST_SORTED = 1_000_000  # torch.quantile takes 16 million numbers at most; of more, every k-th stands for all
+
+
+class MetricsLog:
+    """Writes rows to ``metrics.jsonl`` and their numbers to TensorBoard.
+
+    Args:
+        folder: the run folder.
+        step: what TensorBoard has of later steps is dropped there.
+        tensorboard: whether to write event files.
+    """
+
+    def __init__(self, folder: RunFolder, step: int, tensorboard: bool) -> None:
+        self._folder, self._writer = folder, None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """One row, with its ``"kind"`` and ``"step"``."""
+        self._folder.log(row)
+        if self._writer is not None:
+            for name, number in _numbers(row):
+                self._writer.add_scalar(f"{row['kind']}/{name}", number, row["step"])
+
+    def hyper_step(self, step: int, report: HyperReport, values: dict[str, Tensor]) -> None:
+        """One row for a hyper step, with the values after it."""
+        self.log(
+            {
+                "kind": "hyper",
+                "step": step,
+                "val_loss": report.val_loss,
+                "hypergradient_norm": report.hypergradient_norm,
+                "num_matvecs": report.num_matvecs,
+                "residual": report.residual,
+                "clipped": report.clipped,
+                "values": {name: spread_of(value) for name, value in values.items()},
+            }
+        )
+
+    def flush(self) -> None:
+        """Hands everything to the operating system."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the event file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def spread_of(values: Tensor) -> float | dict[str, float]:
+    """A number as it is; of many their quantiles and mean."""
+    flat = values.detach().flatten().float()
+    if flat.numel() == 1:
+        return flat.item()
+    some = flat[:: -(-flat.numel() // MOST_SORTED)]
+    found = torch.quantile(some, torch.tensor(list(QUANTILES.values()), device=flat.device)).tolist()
+    return dict(zip(QUANTILES, found)) | {"min": flat.min().item(), "max": flat.max().item(), "mean": flat.mean().item()}
+
+
+def in_brief(values: dict[str, Tensor]) -> dict[str, str]:
+    """The tuned values for a progress bar: by setting, a number or the range of many."""
+    by_setting: dict[str, list[Tensor]] = {}
+    for name, value in values.items():
+        by_setting.setdefault(name.split("/")[0], []).append(value.detach().flatten())
+    ranges = {name: torch.stack([torch.cat(v).min(), torch.cat(v).max()]).tolist() for name, v in by_setting.items()}
+    return {name: f"{low:.3g}" if low == high else f"{low:.1e}..{high:.1e}" for name, (low, high) in ranges.items()}
+
+
+def _numbers(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """The numbers in a row, by path, without its step."""
+    found = []
+    for name, value in row.items():
+        if isinstance(value, dict):
+            found += _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and (prefix or name not in ("step", "seconds")):
+            found.append((prefix + name, float(value)))
+    return found

@@ -1,0 +1,96 @@
+"""The training and validation losses of a run, on batches of row numbers.
+
+Recorded batches are row numbers of images that stay where they are, so a trajectory of any length holds no pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import Data, Images
+from .models import random_crop_flip, random_flip
+
+EVALUATION_BATCH = 1000
+AUGMENT: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda images: images,
+    "flip": random_flip,
+    "crop_flip": random_crop_flip,
+}
+
+
+class Objective:
+    """Cross-entropy of images chosen by row numbers.
+
+    Args:
+        data: the images.
+        augment: random changes to training images: ``"none"``, ``"flip"`` or ``"crop_flip"``.
+        bf16: whether the network runs under bf16 autocast.
+        example_logits: one logit for each training image, whose sigmoid weighs its loss; or None.
+        augmenter: a network that changes training images; or None.
+    """
+
+    def __init__(
+        self, data: Data, augment: str, bf16: bool, example_logits: Tensor | None = None, augmenter: nn.Module | None = None
+    ) -> None:
+        self.data, self.bf16 = data, bf16
+        self.example_logits, self.augmenter = example_logits, augmenter
+        self._augment = AUGMENT[augment]
+
+    def train_loss(self, model: nn.Module, rows: Tensor) -> Tensor:
+        """Mean loss of the training images ``rows``, weighted where examples have weights."""
+        train = self.data.train
+        images = self._augment(pixels(train.images[rows]))
+        with self._precision():
+            if self.augmenter is not None:
+                images = self.augmenter(images)
+            losses = F.cross_entropy(model(self._standardize(images)), train.labels[rows], reduction="none")
+        if self.example_logits is not None:
+            losses = losses * self.example_logits[rows].sigmoid()
+        return losses.mean()
+
+    def val_loss(self, model: nn.Module, rows: Tensor) -> Tensor:
+        """Mean loss of the validation images ``rows``, with dropout and batch statistics off."""
+        val = self.data.val
+        with evaluating(model), self._precision():
+            return F.cross_entropy(model(self._standardize(pixels(val.images[rows]))), val.labels[rows])
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, images: Images) -> dict[str, float]:
+        """Loss and accuracy (0 to 1) on a whole set, without noise, weights or augmentation."""
+        loss = correct = torch.zeros((), dtype=torch.float64, device=images.labels.device)
+        with evaluating(model), self._precision():
+            for start in range(0, len(images), EVALUATION_BATCH):
+                part = images[slice(start, start + EVALUATION_BATCH)]
+                logits = model(self._standardize(pixels(part.images)))
+                loss = loss + F.cross_entropy(logits, part.labels, reduction="sum")
+                correct = correct + (logits.argmax(1) == part.labels).sum()
+        return {"loss": loss.item() / len(images), "accuracy": correct.item() / len(images)}
+
+    def _standardize(self, images: Tensor) -> Tensor:
+        mean, std = (values.view(-1, 1, 1) for values in (self.data.mean, self.data.std))
+        return (images - mean) / std
+
+    def _precision(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.data.train.images.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Bytes as numbers from 0 to 1."""
+    return images.to(torch.get_default_dtype()) / 255
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
