@@ -125,6 +125,13 @@ def test_an_elementwise_rule_takes_a_value_for_each_weight() -> None:
     assert len({entry.computed for entry in entries}) == 9
 
 
+def test_a_value_close_to_its_upper_bound_can_be_checked() -> None:
+    """Adam's default beta2 moved by a 50th of itself would be above 1."""
+    optimizer = partial(torch.optim.Adam, lr=0.05, eps=1e-2, betas=(0.9, 0.999))
+    entries = check_hypergradient(partial(wrapped, optimizer, Hyperparameter("betas.1")), TRAIN, VAL)
+    assert abs(entries[0].computed) > 1e-6
+
+
 @pytest.mark.parametrize("kind", [SoftSign, NormalizedSGD])
 def test_own_rules_keep_state_as_the_optimizer_itself_does(kind: Any) -> None:
     hyper = train(wrapped(kind, Hyperparameter("lr")))

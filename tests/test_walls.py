@@ -35,6 +35,21 @@ ORDER = (
     ("testing",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+
+# The same inside the user's layer. A report reads the files of runs, and knows nothing of what wrote them.
+EXPERIMENT_ORDER = (
+    ("config",),
+    ("checks", "keys", "options", "order", "plain", "run_folder", "stopping"),
+    ("datasets", "models", "parsing", "metrics"),
+    ("data",),
+    ("objective",),
+    ("build",),
+    ("results",),
+    ("loop",),
+    ("start",),
+    ("compare",),
+)
+EXPERIMENT_LEVEL = {name: level for level, names in enumerate(EXPERIMENT_ORDER) for name in names}
 APART = {("solvers", "training")}  # the first may not import the second, though it is lower: solvers know vectors alone
 TOP = len(ORDER)
 
@@ -80,6 +95,8 @@ def complaint(module: tuple[str, ...], imported: tuple[str, ...]) -> str | None:
     if not imported:
         return None if module[0] not in LEVEL else "is the whole package"
     own, other = module[0], imported[0]
+    if own == other == "experiment":
+        return complaint_in_experiment(module[1], imported[1:])
     if own == other:
         if module[-1] == "__init__":
             return None
@@ -94,6 +111,16 @@ def complaint(module: tuple[str, ...], imported: tuple[str, ...]) -> str | None:
     return f"is on level {other_level} and the importing module on level {own_level}"
 
 
+def complaint_in_experiment(own: str, imported: tuple[str, ...]) -> str | None:
+    """The same for two modules of the user's layer."""
+    other = imported[0] if imported else "__init__"
+    if own == "report":
+        return None if other in ("report", "config") else "is not for a report, which reads files"
+    if EXPERIMENT_LEVEL.get(other, TOP) < EXPERIMENT_LEVEL[own]:
+        return None
+    return f"is on level {EXPERIMENT_LEVEL.get(other, 'none')} and the importing module on level {EXPERIMENT_LEVEL[own]}"
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(dotted(file)))
 def test_a_module_imports_from_lower_ones_alone(file):
     module = dotted(file)
@@ -103,6 +130,8 @@ def test_a_module_imports_from_lower_ones_alone(file):
 
 def test_every_level_is_a_module():
     assert set(LEVEL) <= {module[0] for module in MODULES}
+    inner = {module[1] for module in MODULES if module[0] == "experiment"}
+    assert set(EXPERIMENT_LEVEL) == inner - {"__init__", "report"}
 
 
 @pytest.mark.parametrize(
@@ -121,6 +150,10 @@ def test_every_level_is_a_module():
         (("methods", "unrolled"), "import torch_hypergrad.testing"),
         (("methods", "unrolled"), "from torch_hypergrad import CG"),
         (("testing",), "from .cli import main"),
+        (("training",), "from .experiment.config import Config"),
+        (("experiment", "data"), "from .loop import Run"),
+        (("experiment", "models"), "from .datasets import read_source"),
+        (("experiment", "report", "curves"), "from ..loop import Run"),
     ],
 )
 def test_the_walls_stop_what_breaks_the_order(module, source):
@@ -134,7 +167,9 @@ def test_the_walls_stop_what_breaks_the_order(module, source):
         (("solvers", "__init__"), "from .cg import CG"),
         (("methods", "implicit"), "from .. import autodiff\nfrom ..solvers import Solver\nfrom ..trajectory import pack_step"),
         (("training",), "from .updates.base import scalar_dtype"),
-        (("cli",), "from . import HyperOptimizer\nfrom .config import load"),
+        (("cli",), "from .experiment import start\nfrom .experiment.config import Config"),
+        (("experiment", "loop"), "from ..hyper_optimizer import HyperOptimizer\nfrom .build import Parts"),
+        (("experiment", "report", "curves"), "from .read import RunData\nfrom ..config import ConfigError"),
     ],
 )
 def test_the_walls_let_the_rest_pass(module, source):

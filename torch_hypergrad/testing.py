@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,8 @@ def check_hypergradient(
 
     Training is run anew for each perturbed value, with the same random numbers. Buffers (BatchNorm's statistics) are
     put back to those of the first run before each step, since hypergradients take them for constants. The differences
-    are extrapolated to step size 0 (Ridders 1982) from steps of a 50th of the value down to a 1600th.
+    are extrapolated to step size 0 (Ridders 1982) from steps of a 50th of the value, or half the way to its upper bound,
+    down to a 32nd of that.
 
     Args:
         make: makes a fresh HyperOptimizer, model and all, the same each time (set seeds inside). Parameters in float64.
@@ -91,11 +93,20 @@ def check_hypergradient(
                 def loss_at(shift: float, name: str = name, index: int = index) -> float:
                     return _validation_loss(make, train_batches, val_batch, seed, buffers, name, index, shift)
 
-                value = abs(hyper.values()[name].reshape(-1)[index].item())
-                reference, uncertainty = derivative(loss_at, 0.02 * (value if value > 0 else 0.1))
+                reference, uncertainty = derivative(loss_at, _width(hyper, name, index))
                 entries.append(CheckedEntry(name, index, computed.reshape(-1)[index].item(), reference, uncertainty))
     _raise_on_mismatch(entries, rtol, atol)
     return entries
+
+
+def _width(hyper: HyperOptimizer, name: str, index: int) -> float:
+    """The largest step of the differences: a 50th of the value, and at most half the way to its upper bound, past which
+    beta2 = 0.999 has no meaning."""
+    value = hyper.values()[name].reshape(-1)[index].item()
+    width = 0.02 * (abs(value) if value != 0 else 0.1)
+    highs = [tuned.high for tuned in hyper._hyperparameters.settings if name in tuned.named(tuned.values())]
+    above = min(highs, default=math.inf) - value
+    return min(width, above / 2) if above > 0 else width
 
 
 def derivative(function: Callable[[float], float], width: float) -> tuple[float, float]:

@@ -26,7 +26,6 @@ from .options import call_with_options
 from .order import Shuffled
 from .plain import PlainTraining, clip_by_norm
 
-
 _load_data = lru_cache(maxsize=2)(load_data)  # the trials of a search share their images
 
 

@@ -16,6 +16,7 @@ from .data import Data, Images
 from .models import random_crop_flip, random_flip
 
 EVALUATION_BATCH = 1000
+MOST_PREPARED = 2**28  # numbers of training images that are standardized once: 1 GiB in float32
 AUGMENT: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda images: images,
     "flip": random_flip,
@@ -40,15 +41,15 @@ class Objective:
         self.data, self.bf16 = data, bf16
         self.example_logits, self.augmenter = example_logits, augmenter
         self._augment = AUGMENT[augment]
+        unchanged = augment == "none" and augmenter is None
+        small = data.train.images.numel() <= MOST_PREPARED
+        self._prepared = self._standardize(pixels(data.train.images)) if unchanged and small else None
 
     def train_loss(self, model: nn.Module, rows: Tensor) -> Tensor:
         """Mean loss of the training images ``rows``, weighted where examples have weights."""
-        train = self.data.train
-        images = self._augment(pixels(train.images[rows]))
         with self._precision():
-            if self.augmenter is not None:
-                images = self.augmenter(images)
-            losses = F.cross_entropy(model(self._standardize(images)), train.labels[rows], reduction="none")
+            logits = model(self._train_images(rows))
+            losses = F.cross_entropy(logits, self.data.train.labels[rows], reduction="none")
         if self.example_logits is not None:
             losses = losses * self.example_logits[rows].sigmoid()
         return losses.mean()
@@ -70,6 +71,12 @@ class Objective:
                 loss = loss + F.cross_entropy(logits, part.labels, reduction="sum")
                 correct = correct + (logits.argmax(1) == part.labels).sum()
         return {"loss": loss.item() / len(images), "accuracy": correct.item() / len(images)}
+
+    def _train_images(self, rows: Tensor) -> Tensor:
+        if self._prepared is not None:
+            return self._prepared[rows]
+        images = self._augment(pixels(self.data.train.images[rows]))
+        return self._standardize(images if self.augmenter is None else self.augmenter(images))
 
     def _standardize(self, images: Tensor) -> Tensor:
         mean, std = (values.view(-1, 1, 1) for values in (self.data.mean, self.data.std))

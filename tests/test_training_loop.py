@@ -1,0 +1,299 @@
+"""What the training loop does, against loops written out by hand, and the commands from end to end."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+
+from runs import CONFIGURATIONS, SURROUNDINGS, command, metrics_of, run_command
+from torch_hypergrad.experiment.build import build
+from torch_hypergrad.experiment.config import Config
+from torch_hypergrad.experiment.loop import TrainingError
+from torch_hypergrad.experiment.parsing import read_config
+from torch_hypergrad.experiment.run_folder import RunFolder
+from torch_hypergrad.experiment.start import run_in
+from torch_hypergrad.experiment.stopping import StopRequest
+
+SMALL = """
+data: {train_size: 60, val_size: 40, test_size: 50}
+model: {name: linear}
+optimizer: {name: SGD, options: {lr: 0.1, momentum: 0.9}}
+tune: {weight_decay: {init: 1.0e-2, log: true}}
+method: {name: implicit, solver: cg, damping: 0.1}
+train: {steps: 40, batch_size: 20, warmup: 10, hyper_every: 10, threads: 1}
+output: {tensorboard: false}
+"""
+
+
+def configured(text: str, folder: Path, **sections: dict[str, Any]) -> Config:
+    content = yaml.safe_load(text)
+    for section, values in sections.items():
+        content[section] = content.get(section, {}) | values
+    folder.mkdir(exist_ok=True)
+    (folder / "given.yaml").write_text(yaml.safe_dump(content))
+    return read_config(folder / "given.yaml")
+
+
+def run(config: Config, folder: Path) -> Path:
+    assert run_in(config, RunFolder(folder / "run"), StopRequest(), quiet=True)
+    return folder / "run"
+
+
+def rows_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [row for row in metrics_of(folder) if row["kind"] == kind]
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def inputs_of(config: Config) -> tuple[nn.Module, Tensor, Tensor, Any]:
+    """A fresh model, the standardized training images and their labels, and the order of the batches."""
+    parts = build(config)
+    data = parts.data
+    images = data.train.images.double() / 255
+    mean = images.mean(dim=(0, 2, 3), keepdim=True)
+    std = images.std(dim=(0, 2, 3), keepdim=True, unbiased=False)
+    return parts.model, ((images - mean) / std).float(), data.train.labels, parts.train_order
+
+
+# ---- against loops by hand --------------------------------------------------------------------------------------------
+
+
+def test_untuned_training_is_that_of_a_plain_loop(tmp_path: Path) -> None:
+    none = {"name": "none", "solver": None, "damping": None}
+    schedule = {"name": "StepLR", "options": {"step_size": 7, "gamma": 0.5}}
+    train = {"clip_norm": 0.3, "hyper_every": None, "warmup": 0}
+    config = configured(
+        SMALL.replace("{weight_decay: {init: 1.0e-2, log: true}}", "{}"),
+        tmp_path,
+        method=none,
+        train=train,
+        scheduler=schedule,
+    )
+    folder = run(config, tmp_path)
+
+    model, images, labels, order = inputs_of(config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.5)
+    losses = []
+    for step in range(40):
+        rows = order.batch(step)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images[rows]), labels[rows])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+
+    for name, saved in torch.load(folder / "model.pt", weights_only=True).items():
+        torch.testing.assert_close(saved, model.state_dict()[name], rtol=1e-5, atol=1e-6)
+    logged = {row["step"]: row["loss"] for row in rows_of(folder, "train")}
+    assert logged == pytest.approx({step: losses[step - 1] for step in (10, 20, 30, 40)}, rel=1e-4)
+
+
+def test_the_last_episode_trains_with_the_learned_schedule(tmp_path: Path) -> None:
+    config = configured(CONFIGURATIONS["schedule"], tmp_path)
+    folder = run(config, tmp_path)
+    assert [row["step"] for row in rows_of(folder, "hyper")] == [12, 24, 36, 48, 60]
+    learned = torch.load(folder / "tuned.pt", weights_only=True)["values"]["lr/group0"]
+    assert learned.shape == (12,)
+    assert learned.unique().numel() == 12
+
+    model, images, labels, order = inputs_of(config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
+    for step, lr in enumerate(learned.tolist()):
+        optimizer.param_groups[0]["lr"] = lr
+        rows = order.batch(60 + step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[rows]), labels[rows]).backward()
+        optimizer.step()
+    for name, saved in torch.load(folder / "model.pt", weights_only=True).items():
+        torch.testing.assert_close(saved, model.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_hyper_steps_come_after_the_warm_up(tmp_path: Path) -> None:
+    folder = run(configured(SMALL, tmp_path, train={"warmup": 12, "hyper_every": 7}), tmp_path)
+    assert [row["step"] for row in rows_of(folder, "hyper")] == [19, 26, 33, 40]
+
+
+def test_results_are_those_of_the_saved_model(tmp_path: Path) -> None:
+    config = configured(SMALL, tmp_path)
+    folder = run(config, tmp_path)
+    parts = build(config)
+    parts.model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+    data = parts.data
+    mean, std = (values.view(-1, 1, 1) for values in (data.mean, data.std))
+    for name, part in {"train": data.train, "val": data.val, "test": data.test}.items():
+        logits = parts.model((part.images / 255 - mean) / std)
+        result = summary_of(folder)[name]
+        assert result["loss"] == pytest.approx(F.cross_entropy(logits, part.labels).item(), rel=1e-5)
+        assert result["accuracy"] == pytest.approx((logits.argmax(1) == part.labels).float().mean().item())
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    first, second = (
+        run(configured(SMALL, tmp_path / str(seed), train={"seed": seed}), tmp_path / str(seed)) for seed in (0, 1)
+    )
+    assert metrics_of(first) != metrics_of(second)
+
+
+@pytest.mark.parametrize("name", ["unrolled", "implicit"])
+def test_bf16_stays_close_to_float32(name: str, tmp_path: Path) -> None:
+    losses = []
+    for precision in ("float32", "bf16"):
+        folder = run(
+            configured(CONFIGURATIONS[name], tmp_path / precision, train={"precision": precision}), tmp_path / precision
+        )
+        losses.append(summary_of(folder)["val"]["loss"])
+        dtypes = {tensor.dtype for tensor in torch.load(folder / "model.pt", weights_only=True).values()}
+        assert dtypes == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
+
+
+# ---- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_solver_that_fails_skips_the_hyper_step_and_says_so(tmp_path: Path) -> None:
+    """A series with a scale far above 2 / eigenvalue diverges; training goes on with the values as they are."""
+    method = {"solver": "neumann", "scale": 1e4, "num_terms": 10, "damping": 0.1}
+    folder = run(configured(SMALL, tmp_path, method=method), tmp_path)
+    skipped = rows_of(folder, "skipped")
+    assert [row["step"] for row in skipped] == [20, 30, 40]
+    assert "Neumann" in skipped[0]["reason"]
+    assert summary_of(folder)["num_skipped"] == 3
+    tuned = torch.load(folder / "tuned.pt", weights_only=True)
+    assert torch.equal(tuned["values"]["weight_decay/group0"], tuned["start"]["weight_decay/group0"])
+
+
+def test_training_that_diverges_stops_with_the_reason(tmp_path: Path) -> None:
+    config = configured(SMALL, tmp_path, optimizer={"options": {"lr": 1e30}})
+    with pytest.raises(TrainingError, match=r"Training stopped after step \d+: .* learning rate"):
+        run(config, tmp_path)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    done = run_command("resume", tmp_path / "run")
+    assert done.returncode == 1
+    assert "Training stopped after step" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+# ---- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_train_ends_with_a_table_and_a_report(tmp_path: Path) -> None:
+    (tmp_path / "my_net.py").write_text(
+        "from torch import nn\n\nclass MyNet(nn.Sequential):\n"
+        "    def __init__(self, width: int = 8):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 10))\n"
+    )
+    configured(SMALL, tmp_path, model={"module": "my_net.MyNet", "options": {"width": 12}}, output={"tensorboard": True})
+    done = run_command("train", "--config", "given.yaml", "--train.seed", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"train loss=\d\.\d+, val loss=\d\.\d+, weight_decay=0\.0\d+", done.stderr), "the bar"
+    assert re.search(r"\| test +\| +\d+\.\d \| +\d\.\d+ \|", done.stdout), done.stdout
+    named = re.search(r"Report: (runs/given-\d+-\d+/report/report\.html)", done.stdout)
+    assert named is not None
+    assert (tmp_path / named[1]).exists()
+    folder = (tmp_path / named[1]).parent.parent
+    assert torch.load(folder / "model.pt", weights_only=True)["1.weight"].shape == (12, 64)
+    again = run_command("report", folder, "--out", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again" / "report.html").exists()
+
+
+def test_tensorboard_holds_the_metrics(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run(configured(SMALL, tmp_path, output={"tensorboard": True}), tmp_path)
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    written = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert written == pytest.approx({row["step"]: row["loss"] for row in rows_of(folder, "train")})
+    written = {event.step: event.value for event in events.Scalars("hyper/values/weight_decay/group0")}
+    assert written == pytest.approx({row["step"]: row["values"]["weight_decay/group0"] for row in rows_of(folder, "hyper")})
+
+
+COMPARE = ["--compare.low=1e-4", "--compare.high=1", "--compare.grid_size=3", "--seeds=2"]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object], subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("compare")
+    configured(SMALL, folder, data={"label_noise": 0.3})
+    arguments: list[object] = ["compare", "--config", folder / "given.yaml", "--output.folder", folder / "out", *COMPARE]
+    return folder / "out", arguments, run_command(*arguments)
+
+
+def test_compare_trains_every_rival_for_every_seed(compared: Any) -> None:
+    folder, _, done = compared
+    assert done.returncode == 0, done.stderr
+    assert (folder / "report" / "report.html").exists()
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("| ")
+    ]
+    names = [row[0] for row in cells[1:]]
+    assert names == [
+        "fixed default",
+        "best of a grid",
+        "best of a random search",
+        "tuned by hypergradients",
+        "best of the grid, on validation set",
+        "best of the grid, on both sets",
+    ]
+    for name in names:
+        for seed in (0, 1):
+            config = yaml.safe_load((folder / name / f"seed-{seed}" / "config.yaml").read_text())
+            assert config["train"]["seed"] == seed
+            assert (config["method"]["name"] == "implicit") == (name == "tuned by hypergradients")
+    trained_on = [yaml.safe_load((folder / name / "seed-0/config.yaml").read_text())["data"]["train_on"] for name in names]
+    assert trained_on == ["train"] * 4 + ["val", "train_and_val"]
+
+
+def test_a_search_costs_all_its_trials_and_takes_the_least_validation_loss(compared: Any) -> None:
+    folder, _, _ = compared
+    for row in ("best of a grid", "best of a random search"):
+        trials = [summary_of(trial) for trial in sorted((folder / "trials" / row / "seed-1").iterdir())]
+        chosen = summary_of(folder / row / "seed-1")
+        assert chosen["cost"] == sum(trial["cost"] for trial in trials) == 40 * len(trials)
+        assert chosen["val"]["loss"] == min(trial["val"]["loss"] for trial in trials)
+    tuned = summary_of(folder / "tuned by hypergradients" / "seed-1")
+    assert len(trials) == round(tuned["cost"] / 40), "a random search of equal cost"
+    values = [float(trial.name.split("=")[1]) for trial in (folder / "trials" / "best of a grid" / "seed-1").iterdir()]
+    assert sorted(values) == pytest.approx([1e-4, 1e-2, 1])
+
+
+def test_compare_goes_on_where_it_was(compared: Any) -> None:
+    folder, arguments, _ = compared
+    before = {path: path.stat().st_mtime_ns for path in (folder / "trials").rglob("model.pt")}
+    assert before
+    done = run_command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "trials").rglob("model.pt")}
+
+
+def test_a_stopped_comparison_says_how_to_go_on(tmp_path: Path) -> None:
+    configured(SMALL, tmp_path, train={"steps": 100_000})
+    arguments = ["compare", "--config", tmp_path / "given.yaml", "--output.folder", tmp_path / "out", *COMPARE]
+    process = subprocess.Popen(command(*arguments), env=SURROUNDINGS, stderr=subprocess.PIPE, encoding="utf-8")
+    for _ in range(600):
+        if list(tmp_path.glob("out/*/seed-*/metrics.jsonl")):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert f"--output.folder {tmp_path / 'out'}" in told
+    assert "Traceback" not in told
+    assert list(tmp_path.glob("out/*/seed-*/checkpoints/*.pt")), "the run that was going on was saved"
