@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "torch_hypergrad/__init__.py").read_text())
-test = ["pytest>=8", "hypothesis>=6.100"]
+test = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]
 bench = ["psutil>=5.9"]
 
 setup(
