@@ -260,8 +260,8 @@ def test_mutated_configurations_are_valid_or_refused_in_one_line(text: str) -> N
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "mutated.yaml")
         file.write_text(text, encoding="utf-8")
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(folder):
-            code = main(["train", "--config", str(file), "--dry_run=true"])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(["train", "--config", str(file), "--output.folder", f"{folder}/run", "--dry_run=true"])
         assert [path.name for path in Path(folder).iterdir()] == ["mutated.yaml"], "a run has started"
     lines = err.getvalue().splitlines()
     if code == 0:

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-from runs import CONFIGURATIONS, SURROUNDINGS, command, metrics_of, run_command
+from runs import CONFIGS, CONFIGURATIONS, SURROUNDINGS, command, metrics_of, run_command
 from torch_hypergrad.experiment.build import build
 from torch_hypergrad.experiment.config import Config
 from torch_hypergrad.experiment.loop import TrainingError
 from torch_hypergrad.experiment.parsing import read_config
+from torch_hypergrad.experiment.report import write_report
 from torch_hypergrad.experiment.run_folder import RunFolder
 from torch_hypergrad.experiment.start import run_in
 from torch_hypergrad.experiment.stopping import StopRequest
@@ -162,6 +163,28 @@ def test_bf16_stays_close_to_float32(name: str, tmp_path: Path) -> None:
         assert dtypes == {torch.float32}
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(f, id=f.stem, marks=[pytest.mark.slow] * ("resnet" in f.stem)) for f in sorted(CONFIGS.glob("*.yaml"))],
+)
+def test_a_shipped_configuration_trains_and_tunes(file: Path, tmp_path: Path) -> None:
+    """In a short form, on digits in place of data that must be downloaded."""
+    episodes = yaml.safe_load(file.read_text())["train"].get("episodes", 1)
+    pace = {"warmup": 60, "hyper_every": 5} if episodes == 1 else {"episodes": 3}
+    config = configured(
+        file.read_text(),
+        tmp_path,
+        data={"name": "digits", "train_size": 60, "val_size": 40, "test_size": 50},
+        train={"epochs": None, "steps": 70, "batch_size": 20, "val_batch_size": 20, **pace},
+        output={"tensorboard": False},
+    )
+    folder = run(config, tmp_path)
+    tuned = torch.load(folder / "tuned.pt", weights_only=True)
+    assert len(rows_of(folder, "hyper")) == 2, rows_of(folder, "skipped")
+    assert all(not torch.equal(value, tuned["start"][name]) for name, value in tuned["values"].items())
+    assert write_report([folder]).exists()
 
 
 # ---- what goes wrong --------------------------------------------------------------------------------------------------

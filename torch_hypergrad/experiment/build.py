@@ -18,7 +18,7 @@ from ..hyper_optimizer import HyperOptimizer
 from ..hyperparameters import Hyperparameter
 from ..methods import Method
 from .checks import LOSS_TENSORS, METHODS, SOLVERS, method_keys
-from .config import Config, ConfigError
+from .config import Config, ConfigError, DataConfig
 from .data import Data, load_data
 from .models import Augmenter, make_model
 from .objective import Objective
@@ -26,7 +26,11 @@ from .options import call_with_options
 from .order import Shuffled
 from .plain import PlainTraining, clip_by_norm
 
-_load_data = lru_cache(maxsize=2)(load_data)  # the trials of a search share their images
+
+@lru_cache(maxsize=2)
+def _load_data(config: DataConfig, seed: int, device: torch.device) -> Data:
+    """The trials of a search share their images."""
+    return load_data(config, seed).to(device)
 
 
 @dataclass
@@ -53,7 +57,7 @@ def build(config: Config) -> Parts:
     """
     train = config.train
     device = choose_device(train.device)
-    data = _load_data(config.data, train.seed).to(device)
+    data = _load_data(config.data, train.seed, device)
     order = Shuffled(len(data.train), train.batch_size, train.seed)
     steps = train.steps if train.steps is not None else train.epochs * order.batches_per_epoch  # type: ignore[operator]
     _check_length(config, steps)

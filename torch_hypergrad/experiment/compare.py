@@ -118,7 +118,8 @@ class Rivals:
 
     def _search(self, row: str, values: Iterable[float]) -> list[Trial]:
         setting, place = self._config.compare.setting, self._folder / "trials" / row / f"seed-{self._config.train.seed}"
-        return [Trial(_fixed(self._config, **{setting: value}), place / f"{setting}={value:.4g}") for value in values]
+        quiet = replace(self._config, output=replace(self._config.output, tensorboard=False))
+        return [Trial(_fixed(quiet, **{setting: value}), place / f"{setting}={value:.4g}") for value in values]
 
     def _on_other_images(self) -> list[Trial]:
         best = _best(self._grid)

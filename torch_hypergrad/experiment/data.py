@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,9 +56,23 @@ class Data:
     mean: Tensor
     std: Tensor
 
+    def standardize(self, images: Tensor) -> Tensor:
+        """Pixels from 0 to 1, less their mean over the training images, over the standard deviation there."""
+        return (images - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
+
+    @cached_property
+    def standardized(self) -> Tensor:
+        """All training images, standardized once."""
+        return self.standardize(pixels(self.train.images))
+
     def to(self, device: torch.device | str) -> Data:
         train, val, test = (part.to(device) for part in (self.train, self.val, self.test))
         return Data(train, val, test, self.wrong.to(device), self.classes, self.mean.to(device), self.std.to(device))
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Bytes as numbers from 0 to 1."""
+    return images.to(torch.get_default_dtype()) / 255
 
 
 def load_data(config: DataConfig, seed: int) -> Data:

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Data, Images
+from .data import Data, Images, pixels
 from .models import random_crop_flip, random_flip
 
 EVALUATION_BATCH = 1000
-MOST_PREPARED = 2**28  # numbers of training images that are standardized once: 1 GiB in float32
+MOST_STANDARDIZED = 2**28  # numbers of training images that are standardized once: 1 GiB in float32
 AUGMENT: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda images: images,
     "flip": random_flip,
@@ -42,8 +42,8 @@ class Objective:
         self.example_logits, self.augmenter = example_logits, augmenter
         self._augment = AUGMENT[augment]
         unchanged = augment == "none" and augmenter is None
-        small = data.train.images.numel() <= MOST_PREPARED
-        self._prepared = self._standardize(pixels(data.train.images)) if unchanged and small else None
+        small = data.train.images.numel() <= MOST_STANDARDIZED
+        self._standardized = data.standardized if unchanged and small else None
 
     def train_loss(self, model: nn.Module, rows: Tensor) -> Tensor:
         """Mean loss of the training images ``rows``, weighted where examples have weights."""
@@ -58,7 +58,7 @@ class Objective:
         """Mean loss of the validation images ``rows``, with dropout and batch statistics off."""
         val = self.data.val
         with evaluating(model), self._precision():
-            return F.cross_entropy(model(self._standardize(pixels(val.images[rows]))), val.labels[rows])
+            return F.cross_entropy(model(self.data.standardize(pixels(val.images[rows]))), val.labels[rows])
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, images: Images) -> dict[str, float]:
@@ -67,28 +67,19 @@ class Objective:
         with evaluating(model), self._precision():
             for start in range(0, len(images), EVALUATION_BATCH):
                 part = images[slice(start, start + EVALUATION_BATCH)]
-                logits = model(self._standardize(pixels(part.images)))
+                logits = model(self.data.standardize(pixels(part.images)))
                 loss = loss + F.cross_entropy(logits, part.labels, reduction="sum")
                 correct = correct + (logits.argmax(1) == part.labels).sum()
         return {"loss": loss.item() / len(images), "accuracy": correct.item() / len(images)}
 
     def _train_images(self, rows: Tensor) -> Tensor:
-        if self._prepared is not None:
-            return self._prepared[rows]
+        if self._standardized is not None:
+            return self._standardized[rows]
         images = self._augment(pixels(self.data.train.images[rows]))
-        return self._standardize(images if self.augmenter is None else self.augmenter(images))
-
-    def _standardize(self, images: Tensor) -> Tensor:
-        mean, std = (values.view(-1, 1, 1) for values in (self.data.mean, self.data.std))
-        return (images - mean) / std
+        return self.data.standardize(images if self.augmenter is None else self.augmenter(images))
 
     def _precision(self) -> AbstractContextManager[None]:
         return torch.autocast(self.data.train.images.device.type, dtype=torch.bfloat16, enabled=self.bf16)
-
-
-def pixels(images: Tensor) -> Tensor:
-    """Bytes as numbers from 0 to 1."""
-    return images.to(torch.get_default_dtype()) / 255
 
 
 @contextmanager

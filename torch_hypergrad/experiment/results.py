@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor
 
 from .build import Parts
-from .objective import pixels
+from .data import pixels
 
 NUM_LOWEST = 40
 NUM_AUGMENTED = 8
