@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,13 +165,24 @@ def test_two_processes_cannot_train_in_one_folder(whole: tuple[Config, Path], tm
         run_in(config, RunFolder(tmp_path), NO_STOP, quiet=True)
 
 
-def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+def test_another_configuration_in_the_same_folder_is_refused(whole: tuple[Config, Path]) -> None:
+    config, run = whole
+    other = replace(config, train=replace(config.train, seed=99))
+    with pytest.raises(ConfigError, match=r"holds a run of another configuration: train is .*'seed': 99"):
+        run_in(other, RunFolder(run), NO_STOP, quiet=True)
+    quieter = replace(config, output=replace(config.output, log_every=7))
+    assert run_in(quieter, RunFolder(run), NO_STOP, quiet=True)
+
+
+def test_a_checkpoint_that_does_not_fit_an_edited_configuration_is_refused(tmp_path: Path) -> None:
     for name, file in CONFIGURATIONS.items():
         (tmp_path / f"{name}.yaml").write_text(file)
     unrolled, implicit = (read_config(tmp_path / f"{name}.yaml") for name in ("unrolled", "implicit"))
     run_in(unrolled, RunFolder(tmp_path / "run"), StopAfter(3), quiet=True)
+    (tmp_path / "run" / "config.yaml").unlink()
+    RunFolder(tmp_path / "run").create(implicit)
     with pytest.raises(ConfigError, match=r"does not fit its configuration: .* saved with another optimizer: Adam there, SGD"):
-        run_in(implicit, RunFolder(tmp_path / "run"), NO_STOP, quiet=True)
+        resume(tmp_path / "run")
 
 
 def test_checkpoints_hold_no_pictures(whole: tuple[Config, Path], tmp_path: Path) -> None:

@@ -306,6 +306,14 @@ def test_compare_goes_on_where_it_was(compared: Any) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "trials").rglob("model.pt")}
 
 
+def test_compare_does_not_take_the_runs_of_another_configuration_for_its_own(compared: Any) -> None:
+    _, arguments, _ = compared
+    done = run_command(*arguments, "--train.batch_size=10")
+    assert done.returncode == 2
+    assert "holds a run of another configuration" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_stopped_comparison_says_how_to_go_on(tmp_path: Path) -> None:
     configured(SMALL, tmp_path, train={"steps": 100_000})
     arguments = ["compare", "--config", tmp_path / "given.yaml", "--output.folder", tmp_path / "out", *COMPARE]

@@ -56,7 +56,7 @@ def compare(config: Config, name: str, num_seeds: int, num_jobs: int) -> tuple[P
         The folder, the folders of the runs to compare as ``ROW/seed-N``, and the signal that stopped it or None.
 
     Raises:
-        ConfigError: before anything is trained.
+        ConfigError: before anything is trained, or if the folder holds runs of another configuration.
         TrainingError: if the tuned run failed. A failed trial of a search is left out, as a search would.
     """
     _check(config, num_seeds, num_jobs)
@@ -77,11 +77,12 @@ def _check(config: Config, num_seeds: int, num_jobs: int) -> None:
         raise ConfigError(f"--seeds and --jobs must be at least 1, got {num_seeds} and {num_jobs}.")
     if config.method.name == "none":
         raise ConfigError("compare needs a configuration that tunes something: method.name is none.")
-    options = config.optimizer.options | {config.compare.setting: config.compare.low}
-    try:
-        make_optimizer(config.optimizer.name, options, "optimizer", [torch.zeros(1, requires_grad=True)])
-    except ConfigError as error:
-        raise ConfigError(f"compare.setting={config.compare.setting}: {error}") from error
+    for value in (config.compare.low, config.compare.high):
+        options = config.optimizer.options | {config.compare.setting: value}
+        try:
+            make_optimizer(config.optimizer.name, options, "optimizer", [torch.zeros(1, requires_grad=True)])
+        except ConfigError as error:
+            raise ConfigError(f"compare.setting={config.compare.setting}: {error}") from error
 
 
 class Rivals:
@@ -195,7 +196,7 @@ def _work(trial: Trial) -> str | None:
     """Runs a trial, also one that was begun; why it failed, if it did."""
     try:
         run_in(trial.config, RunFolder(trial.path), WorkerStop(), quiet=True)
-    except (ConfigError, TrainingError) as error:
+    except TrainingError as error:
         return str(error)
     return None
 

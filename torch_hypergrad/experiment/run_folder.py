@@ -43,9 +43,25 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             if not self.config_file.exists():
-                write_atomically(self.config_file, yaml.safe_dump(asdict(config), sort_keys=False).encode())
+                write_atomically(self.config_file, _as_yaml(config).encode())
         except (OSError, ValueError) as error:
             raise ConfigError(f"The folder {self.path} (output.folder) cannot be made: {error}.") from error
+
+    def check_same(self, config: Config) -> None:
+        """Refuses another configuration than that of the run which is there; only what it writes may differ.
+
+        Raises:
+            ConfigError: with the first key that differs.
+        """
+        if not self.config_file.exists():
+            return
+        there, here = yaml.safe_load(self.config_file.read_text(encoding="utf-8")), yaml.safe_load(_as_yaml(config))
+        for section in here:
+            if section != "output" and there.get(section) != here[section]:
+                raise ConfigError(
+                    f"{self.path} holds a run of another configuration: {section} is {there.get(section)} there and "
+                    f"{here[section]} here. Choose another output.folder."
+                )
 
     @property
     def finished(self) -> bool:
@@ -134,6 +150,10 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _as_yaml(config: Config) -> str:
+    return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
 def _as_bytes(value: Any) -> bytes:

@@ -58,6 +58,7 @@ def run_in(config: Config, folder: RunFolder, stop: StopRequest, quiet: bool = F
     Returns:
         Whether it is finished.
     """
+    folder.check_same(config)
     if folder.finished:
         return True
     if config.train.threads is not None:
