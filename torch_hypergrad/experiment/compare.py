@@ -123,12 +123,14 @@ class Rivals:
         return [Trial(_fixed(quiet, **{setting: value}), place / f"{setting}={value:.4g}") for value in values]
 
     def _on_other_images(self) -> list[Trial]:
+        """As many training steps as the others take, which a scheduler is made for."""
         best = _best(self._grid)
         if best is None:
             return []
+        same_length = replace(best.config.train, steps=best.summary["steps"], epochs=None)
         sets = {BOTH: "train_and_val"} | ({VAL_ALONE: "val"} if self._config.data.label_noise else {})
-        other = {row: replace(best.config, data=replace(best.config.data, train_on=images)) for row, images in sets.items()}  # type: ignore[arg-type]
-        return [Trial(config, self._place(row)) for row, config in other.items()]
+        data = {row: replace(best.config.data, train_on=images) for row, images in sets.items()}  # type: ignore[arg-type]
+        return [Trial(replace(best.config, data=d, train=same_length), self._place(row)) for row, d in data.items()]
 
 
 def _fixed(config: Config, **options: float) -> Config:
