@@ -169,7 +169,7 @@ def _decode_all(paths: Sequence[str], width: int, height: int, resize: bool) -> 
     images = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
     decode = partial(_decode, width=width, height=height, resize=resize)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        decoded = tqdm(pool.map(decode, paths), "reading pictures", len(paths), disable=len(paths) < MANY or None, leave=False)
+        decoded = tqdm(pool.map(decode, paths), "reading pictures", len(paths), disable=len(paths) < MANY, leave=False)
         for image, pixels in zip(images, decoded):
             image.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
     return images
