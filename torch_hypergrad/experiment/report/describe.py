@@ -56,6 +56,7 @@ def num_values(run: Run) -> int | None:
 
 
 def duration(seconds: float | None) -> str:
+    """Seconds in words: 12.5 s, 3 min 4 s; a dash for none."""
     if seconds is None:
         return DASH
     if seconds < 60:
@@ -66,6 +67,7 @@ def duration(seconds: float | None) -> str:
 
 
 def state(run: Run) -> str:
+    """Whether the run is finished, and if not, how far it is."""
     if run.finished:
         return "finished"
     return f"not finished: {run.steps:,} training steps so far"

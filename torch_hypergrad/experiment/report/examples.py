@@ -19,6 +19,7 @@ MAX_COLUMNS, MAX_DRAWS = 10, 4
 
 
 def has_weights(run: Run) -> bool:
+    """Whether the run has tuned weights of its training images."""
     return WEIGHTS in run.tuned
 
 

@@ -91,10 +91,12 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def mean_of(values: Sequence[float], digits: int = 0) -> str:
+    """The mean with so many decimals; a dash for no values."""
     return f"{statistics.mean(values):,.{digits}f}" if values else DASH
 
 
 def accuracy_of(group: Group, part: str) -> str:
+    """Accuracy on one part of the data in percent, mean and spread over the seeds."""
     return spread([100 * value for value in group.numbers(part, "accuracy")], 1)
 
 
@@ -123,6 +125,7 @@ def table_of(run_folders: Sequence[Path]) -> str:
 
 
 def github_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown: names to the left, numbers to the right."""
     align = ("left", *["right"] * (len(headers) - 1))
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=align)
 

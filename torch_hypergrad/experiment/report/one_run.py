@@ -29,6 +29,7 @@ MAX_ROWS = 12  # of a table that is not folded up
 
 
 def page_of_run(run: Run) -> Page:
+    """The page of a single run, finished or not."""
     sections = [_training(run), _cleaning(run), _values(run), _augmentation(run), _trust(run)]
     return Page(
         title=run.name,

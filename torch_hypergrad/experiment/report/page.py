@@ -60,6 +60,7 @@ def write_page(page: Page, out: Path) -> Path:
 
 
 def render(page: Page) -> str:
+    """The page as one HTML text that needs no other file."""
     environment = Environment(
         loader=PackageLoader("torch_hypergrad.experiment.report", "."),
         autoescape=True,

@@ -22,6 +22,7 @@ MAX_COLUMNS = 8
 
 
 def page_of_runs(groups: Sequence[Group], out: Path) -> Page:
+    """The page that compares groups of runs."""
     runs = [run for group in groups for run in group.runs]
     sections = [_results(groups), _losses(groups), _tuned(groups), _differences(groups), _each_run(groups, out)]
     return Page(

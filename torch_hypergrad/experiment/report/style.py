@@ -75,6 +75,7 @@ def report_style() -> Iterator[None]:
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:
+    """An empty figure, sizes in inches."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -90,6 +91,7 @@ def panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]
 
 
 def finish(figure: Figure, name: str, caption: str, alt: str | None = None) -> Picture:
+    """The figure as a PNG, with its caption and alternative text."""
     buffer = io.BytesIO()
     figure.set_dpi(DPI)
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
@@ -135,6 +137,7 @@ def fixed(value: float | None, digits: int) -> str:
 
 
 def percent(fraction: float | None, digits: int = 1) -> str:
+    """A fraction in percent; a dash for none."""
     return DASH if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.{digits}f} %"
 
 
@@ -144,6 +147,7 @@ def count_of(count: int, word: str) -> str:
 
 
 def quoted(name: str) -> str:
+    """In quotation marks."""
     return f"\N{LEFT DOUBLE QUOTATION MARK}{name}\N{RIGHT DOUBLE QUOTATION MARK}"
 
 
