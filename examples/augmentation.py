@@ -20,12 +20,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from command_line import option_parser, parse, scores, table
-from common import Batch, Data, joined, load_data, loss_of, make_mlp, plain_step
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from command_line import option_parser, parse, scores, table
+from common import Batch, Data, joined, load_data, loss_of, make_mlp, plain_step
 from torch_hypergrad import HyperOptimizer, Implicit, Neumann
 
 SIZES = {"digits": (500, 200), "mnist": (1000, 500)}

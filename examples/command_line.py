@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from common import Batch, accuracy_of, loss_of
 from tabulate import tabulate
 from torch import nn
+
+from common import Batch, accuracy_of, loss_of
 
 Sizes = dict[str, tuple[int, int]]
 

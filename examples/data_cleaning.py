@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from command_line import option_parser, parse, spread, table
-from common import Batch, Data, accuracy_of, joined, load_data, loss_of, make_mlp, plain_step
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from command_line import option_parser, parse, spread, table
+from common import Batch, Data, accuracy_of, joined, load_data, loss_of, make_mlp, plain_step
 from torch_hypergrad import HyperOptimizer, Implicit, Neumann
 
 SIZES = {"digits": (1000, 200), "mnist": (5000, 1000)}

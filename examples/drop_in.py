@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from command_line import option_parser, parse, spread, table
-from common import Data, accuracy_of, load_data, loss_of, make_mlp
 from torch import nn
 
+from command_line import option_parser, parse, spread, table
+from common import Data, accuracy_of, load_data, loss_of, make_mlp
 from torch_hypergrad import HyperOptimizer, Hyperparameter, Implicit, Neumann
 
 SIZES, NUM_HIDDEN, START = {"digits": (200, 500), "mnist": (5000, 5000)}, 256, 1e-2

@@ -20,13 +20,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from command_line import option_parser, parse, spread, table
-from common import Batch, Data, accuracy_of, load_data, loss_of, make_mlp, random_batches
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
 from tqdm import trange
 
+from command_line import option_parser, parse, spread, table
+from common import Batch, Data, accuracy_of, load_data, loss_of, make_mlp, random_batches
 from torch_hypergrad import HyperOptimizer, Hyperparameter, Unrolled
 
 SIZES = {"digits": (500, 500), "mnist": (5000, 5000)}

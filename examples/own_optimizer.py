@@ -19,11 +19,11 @@ from functools import partial
 from itertools import product
 
 import torch
-from command_line import option_parser, parse, scores, table
-from common import Data, load_data, loss_of, make_mlp, plain_step, random_batches
 from torch import Tensor, nn
 from tqdm import trange
 
+from command_line import option_parser, parse, scores, table
+from common import Data, load_data, loss_of, make_mlp, plain_step, random_batches
 from torch_hypergrad import HyperOptimizer, Hyperparameter, Unrolled, register_update
 from torch_hypergrad.testing import check_hypergradient
 

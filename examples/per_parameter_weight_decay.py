@@ -26,14 +26,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from command_line import option_parser, parse, spread, table
-from common import Data, accuracy_of, joined, load_data, loss_of, make_mlp, plain_step, random_batches
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from command_line import option_parser, parse, spread, table
+from common import Data, accuracy_of, joined, load_data, loss_of, make_mlp, plain_step, random_batches
 from torch_hypergrad import HyperOptimizer, Hyperparameter, Implicit, Neumann
 
 SIZES = {"digits": (200, 500), "mnist": (5000, 5000)}

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from problems import FROZEN, mse, random_batch
 from torch import nn
 
+from problems import FROZEN, mse, random_batch
 from torch_hypergrad import CG, Cholesky, ForwardMode, HyperOptimizer, Hyperparameter, Implicit, Neumann, Unrolled
 from torch_hypergrad.methods import Method
 from torch_hypergrad.testing import check_hypergradient

@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from refusals import ADAM, DECAY, HYPER_SGD, INFINITY, LR, NAN, make, mse, network, refused, short
 from torch import nn
 
+from refusals import ADAM, DECAY, HYPER_SGD, INFINITY, LR, NAN, make, mse, network, refused, short
 from torch_hypergrad import (
     CG,
     Cholesky,

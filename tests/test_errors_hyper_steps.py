@@ -6,6 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
 from refusals import (
     ADAM,
     DECAY,
@@ -23,9 +26,6 @@ from refusals import (
     trained,
     unchanged,
 )
-from torch import nn
-from torch.autograd.function import once_differentiable
-
 from torch_hypergrad import (
     CG,
     Cholesky,

@@ -6,6 +6,8 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
+
 from refusals import (
     ADAM,
     DECAY,
@@ -23,8 +25,6 @@ from refusals import (
     short,
     unchanged,
 )
-from torch import nn
-
 from torch_hypergrad import (
     ForwardMode,
     HyperOptimizer,

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import GradientDescent, Ridge, logistic_regression, mse, random_batch, tanh_mlp, wrapped
 from torch import Tensor, nn
 
+from problems import GradientDescent, Ridge, logistic_regression, mse, random_batch, tanh_mlp, wrapped
 from torch_hypergrad import CG, Cholesky, HyperOptimizer, Hyperparameter, Identity, Implicit, Neumann, SolverError, Unrolled
 from torch_hypergrad.solvers import Solver
 from torch_hypergrad.testing import derivative

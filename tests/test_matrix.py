@@ -15,6 +15,7 @@ from itertools import combinations, groupby
 
 import pytest
 import torch
+
 from cells import (
     CELLS,
     GRANULARITIES,
@@ -29,7 +30,6 @@ from cells import (
     references,
     settings_of,
 )
-
 from torch_hypergrad import Hyperparameter, Unrolled
 from torch_hypergrad.updates import rule_of
 from torch_hypergrad.updates.base import registered_types

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import FROZEN, mse, random_batch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from problems import FROZEN, mse, random_batch
 from torch_hypergrad import HyperOptimizer, Hyperparameter, Unrolled
 from torch_hypergrad.testing import check_hypergradient, derivative
 

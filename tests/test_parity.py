@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from cells import ADAM_DECOUPLES
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
+from cells import ADAM_DECOUPLES
 from torch_hypergrad import HyperOptimizer, Hyperparameter, Unrolled
 
 NUM_STEPS = 20

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from synthetic_runs import CNN, MLP, PER_ELEMENT, augmentation_run, cleaning_run, decays, make_run, resnet_shapes, schedule_run
 
+from synthetic_runs import CNN, MLP, PER_ELEMENT, augmentation_run, cleaning_run, decays, make_run, resnet_shapes, schedule_run
 from torch_hypergrad.experiment.config import ConfigError, Tune
 from torch_hypergrad.experiment.report import style, table_of, write_report
 from torch_hypergrad.experiment.report.read import read_run

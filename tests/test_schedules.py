@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from problems import random_batch, tanh_mlp, wrapped
 
+from problems import random_batch, tanh_mlp, wrapped
 from torch_hypergrad import Hyperparameter, Unrolled
 from torch_hypergrad.testing import check_hypergradient
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from problems import FROZEN, mse, random_batch, tanh_mlp
 from torch import nn
 
+from problems import FROZEN, mse, random_batch, tanh_mlp
 from torch_hypergrad import HyperOptimizer, Hyperparameter, Unrolled
 from torch_hypergrad.training import State
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from cells import ADAM, SGD, Net, Row, batches, exact, hypergradient, loss
 from torch import Tensor, nn
 
+from cells import ADAM, SGD, Net, Row, batches, exact, hypergradient, loss
 from torch_hypergrad import ForwardMode, HyperOptimizer, Hyperparameter, Unrolled, register_update
 from torch_hypergrad.testing import check_hypergradient
 from torch_hypergrad.updates import UpdateRule, rule_of
