@@ -28,7 +28,7 @@ ORDER = (
     ("records",),
     ("model_state", "optimizer_state"),
     ("training",),
-    ("solvers", "trajectory", "watch"),
+    ("adjoint", "second_order", "solvers", "trajectory", "watch"),
     ("methods",),
     ("checks", "checkpoint"),
     ("hyper_optimizer",),

@@ -121,6 +121,20 @@ def explain_missing_second_derivative() -> Iterator[None]:
         raise NotTwiceDifferentiableError(_explanation(f"PyTorch said: {str(error).strip()}")) from error
 
 
+@contextmanager
+def explain_missing_forward_derivative() -> Iterator[None]:
+    """Names the remedy where a function has no formula for dual numbers."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if "forward" not in str(error) and "jvp" not in str(error):
+            raise
+        raise NotTwiceDifferentiableError(
+            f"A part of the training loss cannot be computed with dual numbers. PyTorch said: {str(error).strip()} Use "
+            "second_order='reverse', or 'finite_difference', which needs first derivatives alone."
+        ) from error
+
+
 def _explanation(reason: str) -> str:
     return (
         f"A part of the training loss cannot be differentiated twice: {reason} Hypergradients need the derivative of the "

@@ -17,7 +17,7 @@ from .checkpoint import check_checkpoint, fingerprint
 from .checks import check_hyper_optimizer, check_not_compiled, check_tuned_tensors, check_types, parameter_names
 from .errors import NonFiniteError, TrajectoryError
 from .hyperparameter_set import HyperparameterSet
-from .methods import Method, SolveStatistics, Validation
+from .methods import Method, Statistics, Validation
 from .training import GradTransform, Loss, Training, check_loss
 from .trajectory import pack_state, unpack_state
 from .updates import rule_of
@@ -33,6 +33,7 @@ class HyperReport:
         hypergradient_norm: Euclidean norm of the hypergradient with respect to the values.
         num_matvecs: products that the solver of an implicit method took; None for other methods.
         residual: its relative residual, damping included; None for other methods and for :class:`Identity`.
+        product_error: estimated relative error of products with second derivatives; None where these are exact.
         clipped: for each setting that was projected onto a bound, how many of its values were.
     """
 
@@ -40,6 +41,7 @@ class HyperReport:
     hypergradient_norm: float
     num_matvecs: int | None = None
     residual: float | None = None
+    product_error: float | None = None
     clipped: dict[str, int] = field(default_factory=dict)
 
 
@@ -101,7 +103,8 @@ class HyperOptimizer:
         tune = [tune] if not isinstance(tune, (list, tuple)) else list(tune)
         hyperparameters = HyperparameterSet(tune, optimizer.param_groups, names, rule)
         method.check(hyperparameters, rule, type(optimizer).__name__)
-        check_not_compiled([model, *hyperparameters.modules])
+        if method.needs_second_derivatives:
+            check_not_compiled([model, *hyperparameters.modules])
         check_tuned_tensors(hyperparameters, optimizer, val_loss)
         self.model, self.optimizer = model, optimizer
         self._hyperparameters, self._method = hyperparameters, method
@@ -114,7 +117,8 @@ class HyperOptimizer:
             train_loss,
             grad_transform,
             [name for of_group in names for name in of_group],
-            twice_differentiable=method.replays,
+            twice_differentiable=method.replays and method.needs_second_derivatives,
+            keeps_graphs=method.keeps_graphs,
         )
         self._recording = method.start(self._training)
         self.hyper_optimizer = hyper_optimizer([tuned.leaf for tuned in hyperparameters.all])
@@ -145,17 +149,13 @@ class HyperOptimizer:
         state = training.capture()
         tampered = self._watch.compare(state, self._number)
         with training.undone_on_error(state):
-            step = training.begin(self._number, batch, tampered)
-            loss, grads = training.gradients(batch, create_graph=recording.create_graph)
-            step = training.finish(step, loss, grads)
-            after = training.advance(state, grads, step)
-            recording.record(step, state, grads)
+            step, after = recording.take(training.begin(self._number, batch, tampered), state)
         training.write(after)
         if recording.checks_parameters:
             self._watch.step_written(after)
         self._number += 1
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # LR schedulers look here for the order of calls
-        return loss.detach()
+        return step.loss
 
     def restart(self) -> None:
         """Puts parameters, buffers and the optimizer's state back to where this HyperOptimizer began, and begins a new
@@ -228,7 +228,7 @@ class HyperOptimizer:
         gradients, val_loss, norm, statistics = self._hypergradient(val_batch)
         clipped = self._move_values(gradients)
         self._begin_window()
-        return HyperReport(val_loss, norm, statistics.num_matvecs, statistics.residual, clipped)
+        return HyperReport(val_loss, norm, **vars(statistics), clipped=clipped)
 
     def _move_values(self, gradients: Sequence[Tensor]) -> dict[str, int]:
         """One step of the hyper optimizer and the projection; undone if it leads to no finite values."""
@@ -251,7 +251,7 @@ class HyperOptimizer:
                 )
         return {label: count for label, count in clipped.items() if count}
 
-    def _hypergradient(self, val_batch: Any) -> tuple[list[Tensor], float, float, SolveStatistics]:
+    def _hypergradient(self, val_batch: Any) -> tuple[list[Tensor], float, float, Statistics]:
         training = self._training
         self._watch.check(self._number)
         self._check_recorded()

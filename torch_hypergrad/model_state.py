@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .buckets import Bucket
 from .records import Surroundings
+from .vectors import laid_out_as, same_bits
 
 
 class ModelState:
@@ -30,16 +31,43 @@ class ModelState:
         self.recurrent = any(isinstance(module, nn.RNNBase) for module in self._modules)
         self.mark_written()
 
-    def write_params(self, buckets: Sequence[Bucket], params: Sequence[Tensor]) -> None:
-        """Copies the buckets' vectors into the parameters."""
+    def write_params(self, buckets: Sequence[Bucket], params: Sequence[Tensor], *, counted: bool) -> None:
+        """Copies the buckets' vectors into the parameters.
+
+        Args:
+            counted: whether version counters move, by which autograd refuses graphs made before.
+        """
         targets, sources = [], []
         for bucket, param in zip(buckets, params):
             for i, piece in bucket.scatter(param):
-                targets.append(self.params[i])
+                targets.append(self.params[i] if counted else self.params[i].data)
                 sources.append(piece)
         if targets:
             with torch.no_grad():
                 torch._foreach_copy_(targets, sources)
+
+    def holds(self, buckets: Sequence[Bucket], params: Sequence[Tensor]) -> bool:
+        """Whether the parameters have the values of the buckets' vectors. Only a CPU can tell without waiting."""
+        return not self._devices and all(
+            same_bits(self.params[i].detach(), piece)
+            for bucket, param in zip(buckets, params)
+            for i, piece in bucket.scatter(param)
+        )
+
+    def point_to(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Makes ``values`` the parameters' own memory, and gives what that was for :meth:`point_back`.
+
+        The parameters stay the same objects, with the same version counters.
+        """
+        before = [p.data for p in self.params]
+        for p, value, old in zip(self.params, values, before):
+            p.data = laid_out_as(value, old)
+        return before
+
+    def point_back(self, before: Sequence[Tensor]) -> None:
+        """Gives the parameters their own memory again."""
+        for p, data in zip(self.params, before):
+            p.data = data
 
     def mark_written(self) -> None:
         """Takes the parameters as they are now for what :meth:`changed` compares with."""

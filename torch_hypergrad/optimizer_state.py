@@ -13,7 +13,7 @@ from .buckets import Bucket
 from .records import RuleState
 from .updates import UpdateRule
 from .updates.base import scalar_dtype
-from .vectors import Layout
+from .vectors import Layout, laid_out_as
 
 
 class OptimizerState:
@@ -120,9 +120,7 @@ class OptimizerState:
                     entry[key] = value.clone()
             else:
                 for entry, (i, piece) in zip(entries, bucket.scatter(value)):
-                    entry[key] = (
-                        self._one_number(piece, i) if key in self.rule.scalars else _laid_out_as(piece, self.params[i])
-                    )
+                    entry[key] = self._one_number(piece, i) if key in self.rule.scalars else laid_out_as(piece, self.params[i])
         for entry, i in zip(entries, bucket.indices):
             if entry:
                 self.optimizer.state[self.params[i]].update(entry)
@@ -139,11 +137,6 @@ class OptimizerState:
         on_device = group.get("capturable") or group.get("fused") or isinstance(self.optimizer, torch.optim.ASGD)
         device = self.params[i].device if on_device else torch.device("cpu")
         return torch.tensor(float(step), dtype=torch.float32 if group.get("fused") else scalar_dtype(), device=device)
-
-
-def _laid_out_as(piece: Tensor, param: Tensor) -> Tensor:
-    """``piece`` with the strides of ``param``: torch's fused kernels pair entries by their place in memory."""
-    return piece if piece.stride() == param.stride() else torch.empty_like(param).copy_(piece)
 
 
 def _joined_scalars(bucket: Bucket, held: Mapping[int, Tensor]) -> Tensor:

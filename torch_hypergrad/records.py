@@ -18,13 +18,22 @@ RuleState: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class State:
-    """All that a training step reads and writes: one vector of parameters and one rule state for each bucket, and the
-    buffers of the modules (None where they are not needed)."""
+    """All that a training step reads and writes. Its tensors are never written to, so that states may share them.
+
+    Args:
+        buckets: which parameters are updated together.
+        params: one vector of parameters for each bucket.
+        rule_states: one for each bucket.
+        buffers: those of the modules; None where they are not needed.
+        grads: the gradient of the training loss at this state, before any transformation, for each parameter; None
+            where it is not kept.
+    """
 
     buckets: tuple[Bucket, ...]
     params: tuple[Tensor, ...]
     rule_states: tuple[RuleState, ...]
     buffers: tuple[Tensor | None, ...] | None
+    grads: tuple[Tensor | None, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class TracedUpdate:
 
     Args:
         param, grad, state, tuned: the inputs, leaves of the graph; of the state, what is continuous.
-        new_param, new_state: the outputs.
+        new_param, new_state: the outputs; of the state, everything.
     """
 
     param: Tensor
@@ -57,7 +66,7 @@ class TracedUpdate:
     state: dict[str, Tensor]
     tuned: dict[TunedSetting, Tensor]
     new_param: Tensor
-    new_state: dict[str, Tensor]
+    new_state: RuleState
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Training:
     Args:
         twice_differentiable: take every step with kernels that can be differentiated twice, so that a step taken
             again has the very same gradient and the same dropout masks.
+        keeps_graphs: graphs made inside :meth:`at` outlive the step, so that writing may not look like a change to autograd.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Training:
         names: Sequence[str],
         *,
         twice_differentiable: bool,
+        keeps_graphs: bool,
     ) -> None:
         self.model, self.rule, self.hyperparameters = model, rule, hyperparameters
         self.train_loss, self.grad_transform = train_loss, grad_transform
@@ -52,31 +54,60 @@ class Training:
         self.params = self.optimizer_state.params
         self.model_state = ModelState([model, *hyperparameters.modules], self.params, names)
         self._optimizer = optimizer
+        self._keeps_graphs = keeps_graphs
         self._twice_differentiable = twice_differentiable
         self._settings: tuple[dict[str, Any], ...] = ()
+        self._written: State | None = None
         self._inspected = False
 
     # ---- the model and the wrapped optimizer, as they stand -------------------------------------------------------
 
     def capture(self) -> State:
-        """The current state; parameters and buffers are copied, the rule's states are immutable and shared."""
+        """The current state; what has changed since the last :meth:`write` is copied, the rest is shared."""
         held = self.optimizer_state
         if held.replaced():
             held.adopt()
-        params = tuple(bucket.gather([p.detach() for p in self.params]) for bucket in held.buckets)
+        written = self._written
+        if written is not None and written.buckets is held.buckets and self.model_state.holds(written.buckets, written.params):
+            params = written.params
+        else:
+            params = tuple(bucket.gather([p.detach() for p in self.params]) for bucket in held.buckets)
         return State(held.buckets, params, held.rule_states, self.model_state.buffers())
+
+    @contextmanager
+    def at(self, state: State, moved_by: tuple[Sequence[Tensor | None], Tensor] | None = None) -> Iterator[None]:
+        """Inside, the parameters are ``state``'s own memory, and the buffers have its values.
+
+        Nothing is copied, and graphs made here stay valid when training goes on: they are gone back through inside
+        another such block. Parameters must not be written to.
+
+        Args:
+            moved_by: a direction, one tensor for each parameter (None: zeros), and how far to go along it.
+        """
+        values = as_list(state.buckets, state.params, len(self.params))
+        if moved_by is not None:
+            direction, distance = moved_by
+            values = [p if v is None else torch.addcmul(p, v, distance.to(v)) for p, v in zip(values, direction)]  # type: ignore[arg-type]
+        before = self.model_state.point_to(values)  # type: ignore[arg-type]
+        try:
+            if state.buffers is not None:
+                self.model_state.set_buffers(state.buffers)
+            yield
+        finally:
+            self.model_state.point_back(before)
 
     def load(self, state: State) -> None:
         """Puts parameters and buffers into the model."""
-        self.model_state.write_params(state.buckets, state.params)
+        self.model_state.write_params(state.buckets, state.params, counted=not self._keeps_graphs)
         if state.buffers is not None:
             self.model_state.set_buffers(state.buffers)
 
     def write(self, state: State) -> None:
         """Puts parameters into the model, and the rule's states into the optimizer in torch's own format."""
-        self.model_state.write_params(state.buckets, state.params)
+        self.model_state.write_params(state.buckets, state.params, counted=not self._keeps_graphs)
         self.optimizer_state.write(state.buckets, state.rule_states)
         self.model_state.mark_written()
+        self._written = state
 
     def reset(self, state: State) -> None:
         """Makes ``state`` the current one, whatever was there before."""
@@ -134,9 +165,9 @@ class Training:
         return replace(step, loss=loss.detach(), active=tuple(g is not None for g in grads))
 
     def gradients(
-        self, batch: Any, *, create_graph: bool = False, transform: bool = True
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """The training loss at the model's current weights, and its gradient for each parameter, transformed or not."""
+        self, batch: Any, *, create_graph: bool = False, also: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        """The training loss at the model's current weights, and its gradient for each parameter and each of ``also``."""
         with torch.enable_grad(), self.kernels(twice_differentiable=create_graph or self._twice_differentiable):
             loss = self.train_loss(self.model, batch)
             check_loss(loss, "train_loss")
@@ -144,24 +175,30 @@ class Training:
             # A seed that requires a gradient makes functions marked once_differentiable show in the graph, which they do
             # not when the gradient that reaches them is a constant.
             seed = torch.ones_like(loss).requires_grad_(create_graph)
-            found = autodiff.gradients([loss], [self.params[i] for i in trainable], [seed], create_graph=create_graph)
+            found = autodiff.gradients(
+                [loss], [*(self.params[i] for i in trainable), *also], [seed], create_graph=create_graph
+            )
             active = [(i, g) for i, g in zip(trainable, found) if g is not None]
             if create_graph and not self._inspected:
                 autodiff.refuse_once_differentiable([g for _, g in active])
                 self._inspected = True
-            grads = [g for _, g in active]
-            for i, g in active:
-                if g.layout is not torch.strided:
-                    raise ValueError(
-                        f"The gradient of {self.model_state.names[i]!r} is sparse. Sparse gradients have no second "
-                        "derivative: make the embedding with sparse=False."
-                    )
-            if transform and self.grad_transform is not None:
-                grads = self._transformed(self.grad_transform, grads)
-        result: list[Tensor | None] = [None] * len(self.params)
-        for (i, _), g in zip(active, grads):
-            result[i] = g
-        return loss, result
+        grads: list[Tensor | None] = [None] * len(self.params)
+        for i, g in active:
+            if g.layout is not torch.strided:
+                raise ValueError(
+                    f"The gradient of {self.model_state.names[i]!r} is sparse. Sparse gradients have no second derivative: "
+                    "make the embedding with sparse=False."
+                )
+            grads[i] = g
+        return loss, grads, found[len(trainable) :]
+
+    def transform(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients as the update rule gets them."""
+        if self.grad_transform is None:
+            return list(grads)
+        with torch.enable_grad():
+            transformed = iter(self._transformed(self.grad_transform, [g for g in grads if g is not None]))
+        return [None if g is None else next(transformed) for g in grads]
 
     def kernels(self, *, twice_differentiable: bool) -> AbstractContextManager[None]:
         """The context to compute losses in."""
@@ -188,8 +225,10 @@ class Training:
             )
         return transformed
 
-    def revisit(self, step: Step, *, create_graph: bool, transform: bool = True) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss and gradients on a recorded step's batch, in its surroundings, at the model's current weights."""
+    def revisit(
+        self, step: Step, *, create_graph: bool, also: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        """:meth:`gradients` on a recorded step's batch, in its surroundings, at the model's current weights."""
         if versions_of(step.batch) != step.versions:
             raise TrajectoryError(
                 f"A tensor in the batch of training step {step.number + 1} was changed in place after the step. The step "
@@ -197,13 +236,19 @@ class Training:
                 "clone of a buffer that is used again."
             )
         self.model_state.set_surroundings(step.surroundings)
-        return self.gradients(step.batch, create_graph=create_graph, transform=transform)
+        return self.gradients(step.batch, create_graph=create_graph, also=also)
+
+    def take(self, step: Step, state: State) -> tuple[Step, State, list[Tensor | None]]:
+        """Takes ``step`` from the current state: the step with what came out of it, the state after it, the gradients."""
+        loss, grads, _ = self.gradients(step.batch)
+        step = self.finish(step, loss, grads)
+        return step, self.advance(state, self.transform(grads), step), grads
 
     def replay(self, step: Step, state: State) -> State:
         """The state after a recorded step, computed again from the one before."""
-        self.load(state)
-        _, grads = self.revisit(step, create_graph=False)
-        return replace(self.advance(state, grads, step), buffers=self.model_state.buffers())
+        with self.at(state):
+            _, grads, _ = self.revisit(step, create_graph=False)
+        return replace(self.advance(state, self.transform(grads), step), buffers=self.model_state.buffers())
 
     def advance(self, state: State, grads: Sequence[Tensor | None], step: Step) -> State:
         """The update rule on every bucket that has gradients. Buffers are left out."""
@@ -224,13 +269,13 @@ class Training:
         """The update rule on one bucket as :meth:`advance` calls it, to be differentiated."""
         with torch.enable_grad():
             param, grad = autodiff.leaf(param), autodiff.leaf(bucket.gather(grads))  # type: ignore[arg-type]
-            state = {k: autodiff.leaf(v) for k, v in rule_state.items() if _is_float(v)}
+            state = {k: autodiff.leaf(v) for k, v in rule_state.items() if is_float(v)}
             tuned = {
                 setting: autodiff.leaf(setting.for_bucket(bucket, step.number))
                 for setting in self.hyperparameters.of_group[bucket.group]
             }
             new_param, new_state = self.rule.update(param, grad, {**rule_state, **state}, self.settings(bucket, step, tuned))
-        return TracedUpdate(param, grad, state, tuned, new_param, {k: v for k, v in new_state.items() if _is_float(v)})
+        return TracedUpdate(param, grad, state, tuned, new_param, new_state)
 
     def settings(self, bucket: Bucket, step: Step, tuned: Mapping[TunedSetting, Tensor] | None = None) -> dict[str, Any]:
         """The settings of a bucket at a step, with the tuned ones in their place (or those given as ``tuned``)."""
@@ -287,7 +332,7 @@ def _differ(a: Tensor, b: Tensor) -> Tensor:
     return ((a != b) & ~(a.isnan() & b.isnan())).any()
 
 
-def _is_float(value: Any) -> bool:
+def is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 

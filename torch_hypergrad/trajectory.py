@@ -163,7 +163,7 @@ def _to_cpu(leaf: Any) -> Any:
 
 def _offloaded_state(state: State) -> Offloaded:
     buckets = state.buckets
-    tree = (state.params, state.rule_states, state.buffers)
+    tree = (state.params, state.rule_states, state.buffers, state.grads)
     return Offloaded(lambda moved: State(buckets, *moved), tree)
 
 
@@ -189,13 +189,14 @@ def pack_state(state: State) -> dict[str, Any]:
         "params": list(state.params),
         "rule_states": [dict(rule_state) for rule_state in state.rule_states],
         "buffers": None if state.buffers is None else list(state.buffers),
+        "grads": None if state.grads is None else list(state.grads),
     }
 
 
 def unpack_state(packed: dict[str, Any], training: Training) -> State:
     """The transpose of :func:`pack_state`, on the devices of the parameters."""
     buckets = tuple(training.optimizer_state.bucket(indices) for indices in packed["buckets"])
-    buffers = packed["buffers"]
+    buffers, grads = packed["buffers"], packed.get("grads")
     return State(
         buckets,
         tuple(param.to(bucket.device) for bucket, param in zip(buckets, packed["params"])),
@@ -204,6 +205,7 @@ def unpack_state(packed: dict[str, Any], training: Training) -> State:
             for bucket, rule_state in zip(buckets, packed["rule_states"])
         ),
         None if buffers is None else tuple(buffers),
+        None if grads is None else tuple(grads),
     )
 
 

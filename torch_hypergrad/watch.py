@@ -49,6 +49,8 @@ class Watch:
         """Whether the values of the parameters are others than those written; None if nothing was written."""
         if self._written is None:
             return None
+        if all(a is b for a, b in zip(state.params, self._written.params)):
+            return None
         tampered = differs(state, self._written)
         if tampered.device.type == "cpu" and bool(tampered):
             raise TrajectoryError(tampering("a parameter", number))

@@ -31,37 +31,37 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class SolveStatistics:
-    """What the linear solve of an implicit method reports; None for methods that solve nothing.
+class Statistics:
+    """What a method reports about a hypergradient; None stands for what it does not have.
 
     Args:
         num_matvecs: products with the Jacobian of the stationarity, those of power iterations included.
         residual: norm of ``b - A x`` over the norm of ``b``; None where it was not computed.
+        product_error: estimated relative error of products by finite differences.
     """
 
     num_matvecs: int | None = None
     residual: float | None = None
+    product_error: float | None = None
 
 
 class Recording(ABC):
     """What a method keeps of the training since the last hyper step."""
 
-    create_graph = False
-    """Whether :meth:`record` needs gradients that can be differentiated."""
-
     checks_parameters = True
     """Whether nobody else may write to the parameters while steps are recorded."""
 
     @abstractmethod
-    def record(self, step: Step, state: State, grads: Sequence[Tensor | None]) -> None:
-        """Takes note of one training step, the state before it and its gradients."""
+    def take(self, step: Step, state: State) -> tuple[Step, State]:
+        """Takes one training step from ``state``, the current one, and notes it: the step with what came out of it, and
+        the state after it."""
 
     @abstractmethod
     def steps(self) -> Iterable[Step]:
         """The recorded steps that the hypergradient depends on."""
 
     @abstractmethod
-    def hypergradient(self, validation: Validation) -> tuple[list[Tensor], SolveStatistics]:
+    def hypergradient(self, validation: Validation) -> tuple[list[Tensor], Statistics]:
         """The derivative of the validation loss with respect to the values of each hyperparameter."""
 
     @abstractmethod
@@ -82,6 +82,16 @@ class Method(ABC):
 
     replays: ClassVar[bool] = True
     """Whether recorded steps are differentiated as they were taken, for which training must use the same kernels."""
+
+    @property
+    def keeps_graphs(self) -> bool:
+        """Whether graphs of training steps outlive them."""
+        return False
+
+    @property
+    @abstractmethod
+    def needs_second_derivatives(self) -> bool:
+        """Whether the training loss must have second derivatives, by double backward or dual numbers."""
 
     @abstractmethod
     def check(self, hyperparameters: HyperparameterSet, rule: UpdateRule, optimizer_name: str) -> None:

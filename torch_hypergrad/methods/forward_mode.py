@@ -13,10 +13,10 @@ from .. import autodiff
 from ..buckets import as_list
 from ..hyperparameter_set import HyperparameterSet
 from ..records import State, Step
-from ..training import Training
+from ..training import Training, is_float
 from ..trajectory import pack_state, pack_step, unpack_state, unpack_step
 from ..updates import UpdateRule
-from .base import Method, Recording, SolveStatistics, Validation, add_direct
+from .base import Method, Recording, Statistics, Validation, add_direct
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class ForwardMode(Method):
 
     Source: Franceschi et al. 2017, section 3.2.
     """
+
+    @property
+    def needs_second_derivatives(self) -> bool:
+        return True
 
     def check(self, hyperparameters: HyperparameterSet, rule: UpdateRule, optimizer_name: str) -> None:
         """Every hyperparameter has a tangent."""
@@ -52,8 +56,6 @@ class Direction:
 class ForwardRecording(Recording):
     """One tangent for each number that is tuned."""
 
-    create_graph = True
-
     def __init__(self, training: Training) -> None:
         self._training = training
         self._hyperparameters = training.hyperparameters
@@ -68,7 +70,16 @@ class ForwardRecording(Recording):
     def steps(self) -> Iterable[Step]:
         return self._steps
 
-    def record(self, step: Step, state: State, grads: Sequence[Tensor | None]) -> None:
+    def take(self, step: Step, state: State) -> tuple[Step, State]:
+        training = self._training
+        loss, raw, _ = training.gradients(step.batch, create_graph=True)
+        grads = training.transform(raw)
+        step = training.finish(step, loss, grads)
+        self._push(step, state, grads)
+        return step, training.advance(state, grads, step)
+
+    def _push(self, step: Step, state: State, grads: Sequence[Tensor | None]) -> None:
+        """Takes every tangent through the step."""
         training, tensors = self._training, self._hyperparameters.loss_tensors
         refined = training.refine(state, step.active)
         active = [i for i, g in enumerate(grads) if g is not None]
@@ -96,7 +107,8 @@ class ForwardRecording(Recording):
         if grads[bucket.indices[0]] is None:
             return lambda direction, tangent, k, tan_grads: (tangent.params[k], tangent.rule_states[k])
         update = self._training.traced_update(bucket, state.params[k], grads, state.rule_states[k], step)
-        outputs = [update.new_param, *update.new_state.values()]
+        new_state = {k: v for k, v in update.new_state.items() if is_float(v)}
+        outputs = [update.new_param, *new_state.values()]
         inputs = [update.param, update.grad, *update.state.values(), *update.tuned.values()]
         push = autodiff.linearized(outputs, inputs)
 
@@ -110,7 +122,7 @@ class ForwardRecording(Recording):
             ]
             tan_state = [tangent.rule_states[k].get(key) for key in update.state]
             tan_param, *rest = push([tangent.params[k], bucket.gather(tan_grads), *tan_state, *tan_tuned])  # type: ignore[arg-type]
-            return tan_param, dict(zip(update.new_state, rest))
+            return tan_param, dict(zip(new_state, rest))
 
         return push_update
 
@@ -130,7 +142,7 @@ class ForwardRecording(Recording):
             self._unit(direction) if direction.tuned == first + j else None for j in range(len(self._hyperparameters.tensors))
         ]
 
-    def hypergradient(self, validation: Validation) -> tuple[list[Tensor], SolveStatistics]:
+    def hypergradient(self, validation: Validation) -> tuple[list[Tensor], Statistics]:
         gradients = [torch.zeros_like(tuned.leaf.detach()) for tuned in self._hyperparameters.all]
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip(self._training.params, validation.grads)]
         for direction in self._directions:
@@ -139,7 +151,7 @@ class ForwardRecording(Recording):
                 entry = gradients[direction.tuned].view(-1)[direction.entry]
                 for bucket, tan_param in pairs:
                     entry += (bucket.gather(grads) * tan_param).sum().to(entry.device)
-        return add_direct(self._hyperparameters, gradients, validation), SolveStatistics()
+        return add_direct(self._hyperparameters, gradients, validation), Statistics()
 
     def state_dict(self) -> dict[str, Any]:
         tangents = [None if d.tangent is None else pack_state(d.tangent) for d in self._directions]

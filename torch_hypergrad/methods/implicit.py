@@ -21,7 +21,7 @@ from ..training import Training
 from ..trajectory import pack_step, unpack_step
 from ..tuned import TunedSetting
 from ..updates import UpdateRule
-from .base import Method, Recording, SolveStatistics, Validation, add_direct
+from .base import Method, Recording, Statistics, Validation, add_direct
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class Implicit(Method):
         if not isinstance(self.solver, Solver):
             raise TypeError(f"Implicit: solver must be a Solver such as Neumann(20), got {self.solver!r}.")
         check_positive_int(self.num_batches, "Implicit: num_batches")
+
+    @property
+    def needs_second_derivatives(self) -> bool:
+        return True
 
     def check(self, hyperparameters: HyperparameterSet, rule: UpdateRule, optimizer_name: str) -> None:
         """Refuses settings that do not move the optimum."""
@@ -94,8 +98,10 @@ class ImplicitRecording(Recording):
         self._training, self._solver = training, solver
         self._steps: deque[Step] = deque(maxlen=num_batches)
 
-    def record(self, step: Step, state: State, grads: Sequence[Tensor | None]) -> None:
+    def take(self, step: Step, state: State) -> tuple[Step, State]:
+        step, after, _ = self._training.take(step, state)
         self._steps.append(step)
+        return step, after
 
     def steps(self) -> Iterable[Step]:
         return self._steps
@@ -110,7 +116,7 @@ class ImplicitRecording(Recording):
         self._steps.clear()
         self._steps.extend(unpack_step(step) for step in saved["steps"])
 
-    def hypergradient(self, validation: Validation) -> tuple[list[Tensor], SolveStatistics]:
+    def hypergradient(self, validation: Validation) -> tuple[list[Tensor], Statistics]:
         training, hyperparameters = self._training, self._training.hyperparameters
         state = training.capture()
         grads = self._mean_gradients()
@@ -137,11 +143,11 @@ class ImplicitRecording(Recording):
         q, info = self._solver.solve(matvec, b)
         totals = self._mixed_products(stationarity, q, tuned)
         gradients = [-g for g in hyperparameters.reduce(totals)]
-        return add_direct(hyperparameters, gradients, validation), SolveStatistics(info.num_matvecs, info.residual)
+        return add_direct(hyperparameters, gradients, validation), Statistics(info.num_matvecs, info.residual)
 
     def _mean_gradients(self) -> list[Tensor | None]:
         """The gradient at the current weights, with graph, as a mean over the recorded batches."""
-        found = [self._training.revisit(step, create_graph=True, transform=False)[1] for step in self._steps]
+        found = [self._training.revisit(step, create_graph=True)[1] for step in self._steps]
         means: list[Tensor | None] = []
         for of_batches in zip(*found):
             present = [g for g in of_batches if g is not None]

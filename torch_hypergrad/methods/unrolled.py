@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import autodiff
+from ..adjoint import Adjoint, merged
 from ..buckets import Bucket, as_list
 from ..hyperparameter_set import HyperparameterSet
-from ..records import State, Step
+from ..records import State, Step, TracedUpdate
+from ..second_order import WAYS, Reverse, SecondOrder, TracedGradient, check_second_order
 from ..training import Training
 from ..trajectory import Trajectory
 from ..updates import UpdateRule
-from .base import Method, Recording, SolveStatistics, Validation, add_direct
+from .base import Method, Recording, Statistics, Validation, add_direct
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,21 @@ class Unrolled(Method):
             ``2 * max_snapshots + 3`` alive. It never changes the answer. None keeps every state. At least 2 with a
             truncation.
         offload: ``"cpu"`` keeps states and batches in CPU memory. It never changes the answer.
+        max_graphs: keep the graphs of the last so many steps instead of replaying them, which is the fastest way for short
+            windows, and takes the memory of as many graphs. It never changes the answer.
+        second_order: how the products with second derivatives are computed: ``"reverse"`` by double backward;
+            ``"forward"`` by forward over reverse, which keeps no graph of a gradient; ``"finite_difference"`` by central
+            differences of gradients, which need first derivatives alone, and so work with compiled modules, fused
+            attention and own kernels. The first two are exact; the report estimates the error of the third.
 
-    Memory: ``(1 + number of state vectors) x parameters x snapshots``, and one step's graph.
-    Time: a replayed step costs a gradient with graph and one double backward.
+    Memory: ``(1 + number of state vectors) x parameters x snapshots``, and one step's graph; one vector more for each
+    snapshot, its gradient, where ``second_order`` is not ``"reverse"`` and every state is kept.
+    Time: a replayed step costs a gradient with graph and one double backward; by finite differences two gradients.
 
     Raises:
         TypeError: for numbers that are no ints.
-        ValueError: for numbers below 1, ``max_snapshots=1`` with a truncation, or an unknown ``offload``.
+        ValueError: for numbers below 1, ``max_snapshots=1`` with a truncation, an unknown ``offload`` or
+            ``second_order``, or ``max_graphs`` with another way than ``"reverse"``, or with ``offload``.
 
     Source: Maclaurin, Duvenaud and Adams 2015; Franceschi et al. 2017, section 3.1.
     """
@@ -49,9 +59,11 @@ class Unrolled(Method):
     truncation: int | None = None
     max_snapshots: int | None = None
     offload: Literal["cpu"] | None = None
+    max_graphs: int | None = None
+    second_order: SecondOrder = "reverse"
 
     def __post_init__(self) -> None:
-        for name in ("truncation", "max_snapshots"):
+        for name in ("truncation", "max_snapshots", "max_graphs"):
             number = getattr(self, name)
             if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
                 raise TypeError(f"Unrolled: {name} must be an int or None, got {number!r}.")
@@ -64,38 +76,82 @@ class Unrolled(Method):
             )
         if self.offload not in (None, "cpu"):
             raise ValueError(f"Unrolled: offload must be 'cpu' or None, got {self.offload!r}.")
+        check_second_order(self.second_order, "Unrolled")
+        if self.max_graphs is not None and (self.second_order != "reverse" or self.offload is not None):
+            raise ValueError(
+                f"Unrolled: max_graphs={self.max_graphs} keeps graphs of double backward in the device's memory, so it goes "
+                f"with second_order='reverse' and offload=None, got second_order={self.second_order!r}, "
+                f"offload={self.offload!r}. Leave max_graphs out, or the other."
+            )
+
+    @property
+    def keeps_graphs(self) -> bool:
+        return self.max_graphs is not None
+
+    @property
+    def needs_second_derivatives(self) -> bool:
+        return self.second_order != "finite_difference"
 
     def check(self, hyperparameters: HyperparameterSet, rule: UpdateRule, optimizer_name: str) -> None:
         """Every hyperparameter can be unrolled."""
 
     def start(self, training: Training) -> Recording:
         """An empty trajectory."""
-        return UnrolledRecording(training, Trajectory(training, self.truncation, self.max_snapshots, self.offload))
+        return UnrolledRecording(training, self)
 
 
 @dataclass(frozen=True)
-class Adjoint:
-    """The derivative of the validation loss with respect to a state: None stands for zeros."""
+class TracedStep:
+    """One training step with graphs of its gradient and of the update of each bucket (None: it had no gradient)."""
 
-    buckets: tuple[Bucket, ...]
-    params: tuple[Tensor, ...]
-    rule_states: tuple[dict[str, Tensor], ...]
+    state: State
+    gradient: TracedGradient
+    updates: tuple[TracedUpdate | None, ...]
+
+    def after(self) -> State:
+        """The state after the step. Buffers are left out."""
+        state, updates = self.state, self.updates
+        params = [p if u is None else u.new_param.detach() for p, u in zip(state.params, updates)]
+        rule_states = [
+            r if u is None else {k: v.detach() if isinstance(v, Tensor) else v for k, v in u.new_state.items()}
+            for r, u in zip(state.rule_states, updates)
+        ]
+        return State(state.buckets, tuple(params), tuple(rule_states), None)
 
 
 class UnrolledRecording(Recording):
-    """A trajectory, and the sweep over it."""
+    """A trajectory, the graphs of its last steps, and the sweep over it."""
 
-    def __init__(self, training: Training, trajectory: Trajectory) -> None:
-        self._training, self._trajectory = training, trajectory
+    def __init__(self, training: Training, method: Unrolled) -> None:
+        self._training = training
+        self._trajectory = Trajectory(training, method.truncation, method.max_snapshots, method.offload)
+        self._way, self._max_graphs = WAYS[method.second_order], method.max_graphs
+        self._keeps_grads = method.second_order != "reverse" and method.max_snapshots is None
+        self._graphs: dict[int, TracedStep] = {}
 
-    def record(self, step: Step, state: State, grads: Sequence[Tensor | None]) -> None:
+    def take(self, step: Step, state: State) -> tuple[Step, State]:
+        if self._max_graphs is not None:
+            return self._take_traced(step, state, self._max_graphs)
+        step, after, grads = self._training.take(step, state)
+        self._trajectory.record(step, replace(state, grads=tuple(grads)) if self._keeps_grads else state)
+        return step, after
+
+    def _take_traced(self, step: Step, state: State, max_graphs: int) -> tuple[Step, State]:
+        """The same, and keeps the step's graphs in place of those of an older one."""
+        gradient = Reverse(self._training, step, replace(state, buffers=None))
+        traced = self._trace(step, state, gradient)
+        step = self._training.finish(step, gradient.loss, gradient.grads)
         self._trajectory.record(step, state)
+        self._graphs.pop(step.number - max_graphs, None)
+        self._graphs[step.number] = traced
+        return step, traced.after()
 
     def steps(self) -> Iterable[Step]:
         return self._trajectory.steps()
 
     def clear(self) -> None:
         self._trajectory.clear()
+        self._graphs.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return self._trajectory.state_dict()
@@ -103,13 +159,21 @@ class UnrolledRecording(Recording):
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self._trajectory.load_state_dict(saved)
 
-    def hypergradient(self, validation: Validation) -> tuple[list[Tensor], SolveStatistics]:
+    def hypergradient(self, validation: Validation) -> tuple[list[Tensor], Statistics]:
         hyperparameters = self._training.hyperparameters
         totals = hyperparameters.zero_adjoints()
         adjoint = self._final_adjoint(validation)
-        for step, state in self._trajectory.backward():
-            adjoint = self._step_back(step, state, adjoint, totals)
-        return add_direct(hyperparameters, hyperparameters.reduce(totals), validation), SolveStatistics()
+        error: Tensor | None = None
+        for i, (step, state) in enumerate(self._trajectory.backward()):
+            traced = self._graphs.pop(step.number, None) or self._trace(step, state, self._way(self._training, step, state))
+            adjoint, adj_grads = self._through_updates(traced, step, adjoint, totals)
+            if i == 0:
+                error = traced.gradient.estimated_error(adj_grads)
+            adjoint = self._through_gradient(traced, adjoint, adj_grads, totals)
+            if traced.state.buckets is not state.buckets:
+                adjoint = merged(adjoint, state, len(self._training.params))
+        gradients = add_direct(hyperparameters, hyperparameters.reduce(totals), validation)
+        return gradients, Statistics(product_error=None if error is None else float(error))
 
     def _final_adjoint(self, validation: Validation) -> Adjoint:
         params = self._training.params
@@ -117,42 +181,40 @@ class UnrolledRecording(Recording):
         buckets = self._training.optimizer_state.buckets
         return Adjoint(buckets, tuple(b.gather(grads) for b in buckets), tuple({} for _ in buckets))
 
-    def _step_back(self, step: Step, state: State, adjoint: Adjoint, totals: list[Tensor]) -> Adjoint:
-        """From the adjoint of the state after ``step`` to that of the state before it."""
-        training = self._training
-        training.load(state)
-        _, grads = training.revisit(step, create_graph=True)
-        refined = training.refine(state, step.active)
+    def _trace(self, step: Step, state: State, gradient: TracedGradient) -> TracedStep:
+        training, grads = self._training, gradient.grads
+        state = training.refine(state, [g is not None for g in grads])
+        updates = [
+            None if grads[bucket.indices[0]] is None else training.traced_update(bucket, param, grads, rule_state, step)
+            for bucket, param, rule_state in zip(state.buckets, state.params, state.rule_states)
+        ]
+        return TracedStep(state, gradient, tuple(updates))
+
+    def _through_updates(
+        self, traced: TracedStep, step: Step, adjoint: Adjoint, totals: list[Tensor]
+    ) -> tuple[Adjoint, list[Tensor | None]]:
+        """Vector-Jacobian products of the update rule alone: the adjoint of the state before it, and of the gradient."""
         back = [
-            self._through_update(bucket, param, rule_state, grads, adj_param, adj_state, step, totals)
-            for bucket, param, rule_state, adj_param, adj_state in zip(
-                refined.buckets, refined.params, refined.rule_states, adjoint.params, adjoint.rule_states
+            self._through_update(bucket, update, adj_param, adj_state, step, totals)
+            for bucket, update, adj_param, adj_state in zip(
+                traced.state.buckets, traced.updates, adjoint.params, adjoint.rule_states
             )
         ]
-        adj_grads = as_list(refined.buckets, [adj_grad for _, adj_grad, _ in back], len(training.params))
-        through_loss = self._through_gradient(grads, adj_grads, totals)
-        params = [
-            adj_param if adj_grad is None else adj_param + bucket.gather(through_loss)
-            for bucket, (adj_param, adj_grad, _) in zip(refined.buckets, back)
-        ]
-        before = Adjoint(refined.buckets, tuple(params), tuple(adj_state for _, _, adj_state in back))
-        return before if refined is state else merged(before, state, len(training.params))
+        adj_params, adj_grads, adj_states = zip(*back)
+        buckets = traced.state.buckets
+        return Adjoint(buckets, adj_params, adj_states), as_list(buckets, adj_grads, len(self._training.params))
 
     def _through_update(
         self,
         bucket: Bucket,
-        param: Tensor,
-        rule_state: dict[str, Any],
-        grads: Sequence[Tensor | None],
+        update: TracedUpdate | None,
         adj_param: Tensor,
         adj_state: dict[str, Tensor],
         step: Step,
         totals: list[Tensor],
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Vector-Jacobian product of the update rule alone: adjoints of its parameters, gradient and state."""
-        if grads[bucket.indices[0]] is None:
+        if update is None:
             return adj_param, None, adj_state
-        update = self._training.traced_update(bucket, param, grads, rule_state, step)
         found = autodiff.gradients(
             [update.new_param, *(update.new_state[k] for k in adj_state)],
             [update.param, update.grad, *update.state.values(), *update.tuned.values()],
@@ -162,48 +224,21 @@ class UnrolledRecording(Recording):
         for setting, part in zip(update.tuned, found[2 + len(update.state) :]):
             if part is not None:
                 setting.add_adjoint(totals[settings.index(setting)], part, bucket, step.number)
-        new_adj_param = torch.zeros_like(param) if found[0] is None else found[0]
+        new_adj_param = torch.zeros_like(adj_param) if found[0] is None else found[0]
         return new_adj_param, found[1], {k: adj for k, adj in zip(update.state, found[2:]) if adj is not None}
 
     def _through_gradient(
-        self, grads: Sequence[Tensor | None], adj_grads: Sequence[Tensor | None], totals: list[Tensor]
-    ) -> list[Tensor]:
-        """Hessian-vector product for every parameter; the mixed products go to ``totals``."""
-        training = self._training
-        pairs = [(g, v) for g, v in zip(grads, adj_grads) if g is not None and v is not None]
-        tensors = training.hyperparameters.loss_tensors
-        trainable = [i for i, g in enumerate(grads) if g is not None]
-        inputs = [training.params[i] for i in trainable] + tensors
-        found = autodiff.gradients([g for g, _ in pairs], inputs, [v for _, v in pairs])
-        by_index = dict(zip(trainable, found))
-        products = [
-            torch.zeros_like(p) if (product := by_index.get(i)) is None else product for i, p in enumerate(training.params)
-        ]
-        mixed = totals[len(training.hyperparameters.settings) :]
-        for total, product in zip(mixed, found[len(trainable) :]):
+        self, traced: TracedStep, adjoint: Adjoint, adj_grads: Sequence[Tensor | None], totals: list[Tensor]
+    ) -> Adjoint:
+        """Adds the products with the gradient's derivative to the adjoint of the parameters and to ``totals``."""
+        products, mixed = traced.gradient.pull(adj_grads)
+        for total, product in zip(totals[len(self._training.hyperparameters.settings) :], mixed):
             if product is not None:
                 total += product
-        return products
-
-
-def merged(adjoint: Adjoint, state: State, num_params: int) -> Adjoint:
-    """The adjoint of ``state``, given that of the same state with its buckets split."""
-    pieces = as_list(adjoint.buckets, adjoint.params, num_params)
-    rule_states = []
-    for bucket, rule_state in zip(state.buckets, state.rule_states):
-        parts = [(b, a) for b, a in zip(adjoint.buckets, adjoint.rule_states) if b.indices[0] in bucket.indices]
-        joined = {}
-        for key in {key for _, adj in parts for key in adj}:
-            held = [(b, adj[key]) for b, adj in parts if key in adj]
-            joined[key] = _joined(bucket, rule_state[key], held, num_params)
-        rule_states.append(joined)
-    params = tuple(bucket.gather(pieces) for bucket in state.buckets)  # type: ignore[arg-type]
-    return Adjoint(state.buckets, params, tuple(rule_states))
-
-
-def _joined(bucket: Bucket, whole: Tensor, held: Sequence[tuple[Bucket, Tensor]], num_params: int) -> Tensor:
-    if whole.ndim == 0:
-        return torch.stack([adj for _, adj in held]).sum()
-    zeros = as_list([bucket], [torch.zeros_like(whole)], num_params)
-    found = as_list([b for b, _ in held], [adj for _, adj in held], num_params)
-    return bucket.gather([z if f is None else f for z, f in zip(zeros, found)])  # type: ignore[misc]
+        filled = [torch.zeros_like(p) if product is None else product for p, product in zip(self._training.params, products)]
+        # The adjoints may share memory, so that what is added to in place is the fresh vector.
+        params = tuple(
+            adj_param if update is None else bucket.gather(filled).add_(adj_param)
+            for bucket, update, adj_param in zip(adjoint.buckets, traced.updates, adjoint.params)
+        )
+        return replace(adjoint, params=params)

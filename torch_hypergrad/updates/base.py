@@ -109,22 +109,23 @@ def is_on(setting: float | Tensor) -> bool:
 
 
 # A tuned setting is a tensor and an untuned one a number. With numbers these functions call the very operations of
-# torch.optim, so that training is bitwise the same; with tensors the same formulas, which can be differentiated.
+# torch.optim, so that training is bitwise the same; with tensors the same formulas, which can be differentiated, in as
+# few passes over memory: vectors are long, and each pass costs as much as several multiplications.
 
 
 def add_scaled(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     """``x + scale * y``."""
-    return x + scale * y if isinstance(scale, Tensor) else torch.add(x, y, alpha=scale)
+    return torch.addcmul(x, y, scale) if isinstance(scale, Tensor) else torch.add(x, y, alpha=scale)
 
 
 def addcmul(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     """``x + scale * a * b``."""
-    return x + scale * (a * b) if isinstance(scale, Tensor) else torch.addcmul(x, a, b, value=scale)
+    return torch.addcmul(x, a * b, scale) if isinstance(scale, Tensor) else torch.addcmul(x, a, b, value=scale)
 
 
 def addcdiv(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     """``x + scale * a / b``."""
-    return x + scale * (a / b) if isinstance(scale, Tensor) else torch.addcdiv(x, a, b, value=scale)
+    return torch.addcmul(x, a / b, scale) if isinstance(scale, Tensor) else torch.addcdiv(x, a, b, value=scale)
 
 
 def lerp(x: Tensor, y: Tensor, weight: float | Tensor) -> Tensor:
