@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -39,9 +40,10 @@ class TracedGradient(ABC):
             One tensor for each parameter, and one for each tuned tensor of the loss; None stands for zeros.
         """
 
-    @abstractmethod
-    def estimated_error(self, adj_grads: Tensors) -> Tensor | None:
-        """The relative error of the products with ``adj_grads`` as far as it can be estimated; None if they are exact."""
+    @property
+    def error(self) -> Tensor | None:
+        """Estimated relative error of the products so far; None if they are exact."""
+        return None
 
 
 class Reverse(TracedGradient):
@@ -57,9 +59,6 @@ class Reverse(TracedGradient):
         training = self._training
         with training.at(replace(self._state, buffers=None)):
             return _pulled(training, self.grads, adj_grads, retain_graph=again)
-
-    def estimated_error(self, adj_grads: Tensors) -> Tensor | None:
-        return None
 
 
 class FirstOrder(TracedGradient):
@@ -107,50 +106,73 @@ class Forward(FirstOrder):
             _, grads, others = training.revisit(self._step, create_graph=False, also=training.hyperparameters.loss_tensors)
             return _tangents(grads), _tangents(others)
 
-    def estimated_error(self, adj_grads: Tensors) -> Tensor | None:
-        return None
+
+class StepSize:
+    r"""How far apart gradients are taken, chosen at the first product of a sweep and kept for the others.
+
+    Two steps are tried, in units of :math:`1 + |\theta|`. At :math:`u^{1/3}`, u the rounding unit, the error of a
+    difference of smooth functions, of order :math:`\epsilon^2`, meets that of rounding, of order :math:`u/\epsilon`.
+    Gradients of networks with kinks (ReLU, max-pooling) jump: a short step meets few jumps, each as large as all that is
+    sought, and :data:`WIDE` averages over many. What agrees better with a step of twice the length is taken.
+    """
+
+    WIDE = 0.05
+
+    def __init__(self) -> None:
+        self.relative: Tensor | None = None
+        self.error: Tensor | None = None
+
+    def choose(self, unit: float, difference: Callable[[float], Tensors]) -> Tensor:
+        """The step; ``difference`` gives the product by a step. Does not wait for the device."""
+        if self.relative is None:
+            errors = [_disagreement(difference(step), difference(2 * step)) for step in (unit ** (1 / 3), self.WIDE)]
+            narrow = errors[0] <= errors[1]
+            self.error = torch.where(narrow, errors[0], errors[1])
+            self.relative = torch.where(narrow, unit ** (1 / 3), self.WIDE)
+        return self.relative
 
 
 class FiniteDifference(FirstOrder):
     r"""Central differences of gradients, :math:`(g(\theta + \epsilon v) - g(\theta - \epsilon v)) / 2\epsilon`.
 
-    Needs first derivatives alone. The step is :math:`\epsilon = u^{1/3} (1 + |\theta|) / |v|` with u the rounding
-    unit: there the error of the difference, of order :math:`\epsilon^2`, meets that of rounding, of order
-    :math:`u/\epsilon`.
+    Needs first derivatives alone. The step :math:`\epsilon = h (1 + |\theta|) / |v|` goes by norms; for h see
+    :class:`StepSize`.
     """
 
+    def __init__(self, training: Training, step: Step, state: State, step_size: StepSize) -> None:
+        super().__init__(training, step, state)
+        self._step_size = step_size
+
+    @property
+    def error(self) -> Tensor | None:
+        return self._step_size.error
+
     def _products(self, direction: Tensors) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        return self._difference(direction, self._distance(direction))
-
-    def estimated_error(self, adj_grads: Tensors) -> Tensor | None:
-        """How far the products with one and with two steps are apart."""
-        direction, _ = self._through_transform(adj_grads)
-        distance = self._distance(direction)
-        near, far = (self._difference(direction, factor * distance)[0] for factor in (1, 2))
-        pairs = [(a, b) for a, b in zip(near, far) if a is not None and b is not None]
-        return norm([a - b for a, b in pairs]) / norm([a for a, _ in pairs])
-
-    def _distance(self, direction: Tensors) -> Tensor:
-        unit = max(torch.finfo(param.dtype).eps for param in self._state.params)
         length = norm(direction)
-        return unit ** (1 / 3) * (1 + norm(self._state.params)) / torch.where(length > 0, length, 1)
+        scale = (1 + norm(self._state.params)) / torch.where(length > 0, length, 1)
+        unit = max(torch.finfo(param.dtype).eps for param in self._state.params)
+        relative = self._step_size.choose(unit, lambda step: self._difference(direction, step * scale))
+        found, num_params = self._difference(direction, relative * scale), len(self._training.params)
+        return found[:num_params], found[num_params:]
 
-    def _difference(self, direction: Tensors, distance: Tensor) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def _difference(self, direction: Tensors, distance: Tensor) -> list[Tensor | None]:
         training = self._training
         ends = []
         for signed in (distance, -distance):
             with training.at(self._state, moved_by=(direction, signed)):
                 _, grads, others = training.revisit(self._step, create_graph=False, also=training.hyperparameters.loss_tensors)
             ends.append([*grads, *others])
-        found = [None if a is None or b is None else (a - b).mul_((0.5 / distance).to(a)) for a, b in zip(*ends)]
-        return found[: len(training.params)], found[len(training.params) :]
+        return [None if a is None or b is None else (a - b).mul_((0.5 / distance).to(a)) for a, b in zip(*ends)]
 
 
-WAYS: dict[str, type[Reverse] | type[Forward] | type[FiniteDifference]] = {
-    "reverse": Reverse,
-    "forward": Forward,
-    "finite_difference": FiniteDifference,
-}
+Way: TypeAlias = Callable[[Training, Step, State], TracedGradient]
+
+
+def way(second_order: SecondOrder) -> Way:
+    """How one sweep traces gradients."""
+    if second_order == "finite_difference":
+        return partial(FiniteDifference, step_size=StepSize())
+    return {"reverse": Reverse, "forward": Forward}[second_order]
 
 
 def check_second_order(value: object, owner: str) -> None:
@@ -159,7 +181,7 @@ def check_second_order(value: object, owner: str) -> None:
     Raises:
         ValueError: with the names.
     """
-    if value not in WAYS:
+    if value not in get_args(SecondOrder):
         raise ValueError(f"{owner}: second_order must be one of {', '.join(map(repr, get_args(SecondOrder)))}, got {value!r}.")
 
 
@@ -182,6 +204,11 @@ def _pulled(
     )
     pulled = iter(found[: len(active)])
     return [None if t is None else next(pulled) for t in every], found[len(active) :]
+
+
+def _disagreement(a: Tensors, b: Tensors) -> Tensor:
+    pairs = [(x, y) for x, y in zip(a, b) if x is not None and y is not None]
+    return norm([x - y for x, y in pairs]) / norm([y for _, y in pairs]).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _tangents(duals: Tensors) -> list[Tensor | None]:

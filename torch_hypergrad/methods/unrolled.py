@@ -14,7 +14,7 @@ from ..adjoint import Adjoint, merged
 from ..buckets import Bucket, as_list
 from ..hyperparameter_set import HyperparameterSet
 from ..records import State, Step, TracedUpdate
-from ..second_order import WAYS, Reverse, SecondOrder, TracedGradient, check_second_order
+from ..second_order import Reverse, SecondOrder, TracedGradient, check_second_order, way
 from ..training import Training
 from ..trajectory import Trajectory
 from ..updates import UpdateRule
@@ -125,7 +125,7 @@ class UnrolledRecording(Recording):
     def __init__(self, training: Training, method: Unrolled) -> None:
         self._training = training
         self._trajectory = Trajectory(training, method.truncation, method.max_snapshots, method.offload)
-        self._way, self._max_graphs = WAYS[method.second_order], method.max_graphs
+        self._second_order, self._max_graphs = method.second_order, method.max_graphs
         self._keeps_grads = method.second_order != "reverse" and method.max_snapshots is None
         self._graphs: dict[int, TracedStep] = {}
 
@@ -163,13 +163,14 @@ class UnrolledRecording(Recording):
         hyperparameters = self._training.hyperparameters
         totals = hyperparameters.zero_adjoints()
         adjoint = self._final_adjoint(validation)
-        error: Tensor | None = None
-        for i, (step, state) in enumerate(self._trajectory.backward()):
-            traced = self._graphs.pop(step.number, None) or self._trace(step, state, self._way(self._training, step, state))
+        trace_gradient, error = way(self._second_order), None
+        for step, state in self._trajectory.backward():
+            traced = self._graphs.pop(step.number, None) or self._trace(
+                step, state, trace_gradient(self._training, step, state)
+            )
             adjoint, adj_grads = self._through_updates(traced, step, adjoint, totals)
-            if i == 0:
-                error = traced.gradient.estimated_error(adj_grads)
             adjoint = self._through_gradient(traced, adjoint, adj_grads, totals)
+            error = traced.gradient.error
             if traced.state.buckets is not state.buckets:
                 adjoint = merged(adjoint, state, len(self._training.params))
         gradients = add_direct(hyperparameters, hyperparameters.reduce(totals), validation)
