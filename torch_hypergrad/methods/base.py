@@ -32,15 +32,17 @@ class Validation:
 
 @dataclass(frozen=True)
 class SolveStatistics:
-    """What the linear solve of an implicit method reports; None for methods that solve nothing.
+    """What a method reports besides the hypergradient; None for what it does not do.
 
     Args:
         num_matvecs: products with the Jacobian of the stationarity, those of power iterations included.
         residual: norm of ``b - A x`` over the norm of ``b``; None where it was not computed.
+        adjoint_growth: largest norm of the parameters' adjoint over a sweep, over that at its end.
     """
 
     num_matvecs: int | None = None
     residual: float | None = None
+    adjoint_growth: float | None = None
 
 
 class Recording(ABC):

@@ -107,9 +107,12 @@ class UnrolledRecording(Recording):
         hyperparameters = self._training.hyperparameters
         totals = hyperparameters.zero_adjoints()
         adjoint = self._final_adjoint(validation)
+        last = largest = size_of(adjoint.params)
         for step, state in self._trajectory.backward():
             adjoint = self._step_back(step, state, adjoint, totals)
-        return add_direct(hyperparameters, hyperparameters.reduce(totals), validation), SolveStatistics()
+            largest = torch.maximum(largest, size_of(adjoint.params))
+        statistics = SolveStatistics(adjoint_growth=growth(largest, last))
+        return add_direct(hyperparameters, hyperparameters.reduce(totals), validation), statistics
 
     def _final_adjoint(self, validation: Validation) -> Adjoint:
         params = self._training.params
@@ -184,6 +187,18 @@ class UnrolledRecording(Recording):
             if product is not None:
                 total += product
         return products
+
+
+def size_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm over all tensors, on the device of the first: nothing waits for it."""
+    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
+
+
+def growth(largest: Tensor, last: Tensor) -> float:
+    """How often ``last`` goes into ``largest``; 1 where the adjoint is zero from the beginning."""
+    number, at_end = torch.stack([largest, last]).tolist()
+    return number / at_end if at_end else 1.0
 
 
 def merged(adjoint: Adjoint, state: State, num_params: int) -> Adjoint:
