@@ -30,7 +30,7 @@ ORDER = (
     ("training",),
     ("adjoint", "second_order", "solvers", "trajectory", "watch"),
     ("methods",),
-    ("checks", "checkpoint"),
+    ("checks", "checkpoint", "trust"),
     ("hyper_optimizer",),
     ("testing",),
 )

@@ -20,6 +20,7 @@ from .hyperparameter_set import HyperparameterSet
 from .methods import Method, Statistics, Validation
 from .training import GradTransform, Loss, Training, check_loss
 from .trajectory import pack_state, unpack_state
+from .trust import warnings_of
 from .updates import rule_of
 from .watch import Watch, tampering
 
@@ -34,7 +35,9 @@ class HyperReport:
         num_matvecs: products that the solver of an implicit method took; None for other methods.
         residual: its relative residual, damping included; None for other methods and for :class:`Identity`.
         product_error: estimated relative error of products with second derivatives; None where these are exact.
-        clipped: for each setting that was projected onto a bound, how many of its values were.
+        adjoint_growth: how much the adjoint of the parameters grew over the sweep, at most; None for other methods than
+            :class:`Unrolled`.
+        warnings: why the hypergradient should not be trusted, in sentences; empty if nothing speaks against it.
     """
 
     val_loss: float
@@ -42,7 +45,9 @@ class HyperReport:
     num_matvecs: int | None = None
     residual: float | None = None
     product_error: float | None = None
+    adjoint_growth: float | None = None
     clipped: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 class HyperOptimizer:
@@ -228,7 +233,8 @@ class HyperOptimizer:
         gradients, val_loss, norm, statistics = self._hypergradient(val_batch)
         clipped = self._move_values(gradients)
         self._begin_window()
-        return HyperReport(val_loss, norm, **vars(statistics), clipped=clipped)
+        warnings = warnings_of(statistics, self._training.params)
+        return HyperReport(val_loss, norm, **vars(statistics), clipped=clipped, warnings=warnings)
 
     def _move_values(self, gradients: Sequence[Tensor]) -> dict[str, int]:
         """One step of the hyper optimizer and the projection; undone if it leads to no finite values."""

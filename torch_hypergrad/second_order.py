@@ -15,6 +15,7 @@ from torch import Tensor
 from . import autodiff
 from .records import State, Step
 from .training import Training
+from .vectors import norm
 
 SecondOrder: TypeAlias = Literal["reverse", "forward", "finite_difference"]
 Tensors: TypeAlias = Sequence[Tensor | None]
@@ -183,12 +184,6 @@ def check_second_order(value: object, owner: str) -> None:
     """
     if value not in get_args(SecondOrder):
         raise ValueError(f"{owner}: second_order must be one of {', '.join(map(repr, get_args(SecondOrder)))}, got {value!r}.")
-
-
-def norm(tensors: Tensors) -> Tensor:
-    """Euclidean norm of all tensors together, without waiting for the device."""
-    found = [t for t in tensors if t is not None]
-    return torch.stack([n.to(found[0].device) for n in torch._foreach_norm(found)]).norm() if found else torch.zeros(())
 
 
 def _pulled(

@@ -68,3 +68,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     ):
         return torch.equal(a.reshape(-1).view(torch.int64), b.reshape(-1).view(torch.int64))
     return torch.equal(a, b)
+
+
+def norm(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Euclidean norm over all tensors, at least in float32, on the device of the first: nothing waits for it."""
+    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors if t is not None]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms])) if norms else torch.zeros(())

@@ -38,11 +38,13 @@ class Statistics:
         num_matvecs: products with the Jacobian of the stationarity, those of power iterations included.
         residual: norm of ``b - A x`` over the norm of ``b``; None where it was not computed.
         product_error: estimated relative error of products by finite differences.
+        adjoint_growth: largest norm of the parameters' adjoint over a sweep, over that at its end.
     """
 
     num_matvecs: int | None = None
     residual: float | None = None
     product_error: float | None = None
+    adjoint_growth: float | None = None
 
 
 class Recording(ABC):

@@ -18,6 +18,7 @@ from ..second_order import Reverse, SecondOrder, TracedGradient, check_second_or
 from ..training import Training
 from ..trajectory import Trajectory
 from ..updates import UpdateRule
+from ..vectors import norm
 from .base import Method, Recording, Statistics, Validation, add_direct
 
 
@@ -163,6 +164,7 @@ class UnrolledRecording(Recording):
         hyperparameters = self._training.hyperparameters
         totals = hyperparameters.zero_adjoints()
         adjoint = self._final_adjoint(validation)
+        largest = last = norm(adjoint.params)
         trace_gradient, error = way(self._second_order), None
         for step, state in self._trajectory.backward():
             traced = self._graphs.pop(step.number, None) or self._trace(
@@ -170,11 +172,12 @@ class UnrolledRecording(Recording):
             )
             adjoint, adj_grads = self._through_updates(traced, step, adjoint, totals)
             adjoint = self._through_gradient(traced, adjoint, adj_grads, totals)
-            error = traced.gradient.error
+            largest, error = torch.maximum(largest, norm(adjoint.params)), traced.gradient.error
             if traced.state.buckets is not state.buckets:
                 adjoint = merged(adjoint, state, len(self._training.params))
         gradients = add_direct(hyperparameters, hyperparameters.reduce(totals), validation)
-        return gradients, Statistics(product_error=None if error is None else float(error))
+        growth = float(largest / last) if last else 1.0
+        return gradients, Statistics(product_error=None if error is None else float(error), adjoint_growth=growth)
 
     def _final_adjoint(self, validation: Validation) -> Adjoint:
         params = self._training.params
