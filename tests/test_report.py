@@ -271,6 +271,8 @@ BAD = {
         "The solver left 80 % of the linear system unsolved",
     ),
     "growth": ({"hypergradient_norm": [2.0] * 19 + [5e4]}, (), "rose to 50,000 at training step 480, 25,000 times its median"),
+    "chaotic": ({"adjoint_growth": 4e3}, (), "Adjoints grew 4,000 times over the sweep"),
+    "products": ({"product_error": 0.6}, (), "Products by finite differences are uncertain by 60.0 %"),
     "skipped": ({}, (5, 6, 7), "3 of 23 hyper steps were skipped (13.0 %), each time for this reason: Neumann diverged."),
     "bounds": (
         {"clipped": {"weight_decay/group0": 6}},

@@ -47,6 +47,8 @@ class MetricsLog:
                 "hypergradient_norm": report.hypergradient_norm,
                 "num_matvecs": report.num_matvecs,
                 "residual": report.residual,
+                "adjoint_growth": report.adjoint_growth,
+                "product_error": report.product_error,
                 "clipped": report.clipped,
                 "values": {name: spread_of(value) for name, value in values.items()},
             }

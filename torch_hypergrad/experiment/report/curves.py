@@ -68,13 +68,15 @@ def mark_first_hyper_step(axes: Axes, run: Run) -> None:
 
 
 def draw_health(run: Run) -> Picture | None:
-    """Residual of the solver, norm of the hypergradient, and products of the solver, at each hyper step."""
+    """What tells whether each hypergradient can be trusted, at each hyper step."""
     if not run.hyper:
         return None
     wanted = {
         "residual": "relative residual of the solver",
         "hypergradient_norm": "norm of the hypergradient",
         "num_matvecs": "products with the Hessian",
+        "adjoint_growth": "growth of adjoints over the sweep",
+        "product_error": "estimated error of products",
     }
     shown = {key: label for key, label in wanted.items() if any(line.get(key) is not None for line in run.hyper)}
     if len({line.get("num_matvecs") for line in run.hyper}) == 1:

@@ -11,6 +11,8 @@ from .style import finite, number, percent
 
 MAX_RESIDUAL = 0.5  # median over the last half of the hyper steps
 MAX_GROWTH = 1e3  # greatest norm over the median
+MAX_ADJOINT_GROWTH = 1e3  # median over the last half of the hyper steps, as the next: see docs/results/precision.md
+MAX_PRODUCT_ERROR = 0.5
 MAX_SKIPPED = 0.1  # of all hyper steps
 MAX_CLIPPED = 0.5  # of the values of a setting, at the last hyper step
 
@@ -32,7 +34,7 @@ _EXACTNESS = {
 
 def doubts(run: Run) -> list[str]:
     """What speaks against the hypergradient, one sentence or two for each; empty where nothing does."""
-    checks = (_large_residual, _growth, _many_skipped, _at_bounds)
+    checks = (_large_residual, _growth, _chaotic, _poor_products, _many_skipped, _at_bounds)
     return [sentence for check in checks if (sentence := check(run))]
 
 
@@ -53,8 +55,12 @@ def _method(run: Run) -> str:
 
 def late_residual(run: Run) -> float | None:
     """Median of the solver's relative residual over the last half of the hyper steps."""
-    residuals = finite([line["residual"] for line in run.hyper if line.get("residual") is not None])
-    return float(np.median(residuals[len(residuals) // 2 :])) if len(residuals) else None
+    return _late(run, "residual")
+
+
+def _late(run: Run, key: str) -> float | None:
+    found = finite([line[key] for line in run.hyper if line.get(key) is not None])
+    return float(np.median(found[len(found) // 2 :])) if len(found) else None
 
 
 def _solved(run: Run) -> str:
@@ -89,6 +95,26 @@ def _growth(run: Run) -> str | None:
         f"The norm of the hypergradient rose to {number(norms[worst])} at training step {worst:,}, "
         f"{number(norms[worst] / median, 2)} times its median: a few hyper steps outweigh all others. "
         + _CALMER.get(run.config["method"]["name"], "Lower the learning rate of training.")
+    )
+
+
+def _chaotic(run: Run) -> str | None:
+    growth = _late(run, "adjoint_growth")
+    if growth is None or growth <= MAX_ADJOINT_GROWTH:
+        return None
+    return (
+        f"Adjoints grew {number(growth, 2)} times over the sweep (median over the last half of the hyper steps): training is so "
+        f"sensitive that the hypergradient holds for tiny changes alone. {_CALMER['unrolled']}"
+    )
+
+
+def _poor_products(run: Run) -> str | None:
+    error = _late(run, "product_error")
+    if error is None or error <= MAX_PRODUCT_ERROR:
+        return None
+    return (
+        f"Products by finite differences are uncertain by {percent(error)} (median over the last half of the hyper steps). "
+        "Take method.second_order: reverse."
     )
 
 
