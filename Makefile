@@ -1,5 +1,7 @@
 # One target for each daily act. PYTHON chooses the interpreter: make test PYTHON=.venv/bin/python
 PYTHON ?= python
+SUITE ?= targets small
+OUT ?= docs/results/bench.md
 
 .PHONY: setup test slow lint matrix bench
 
@@ -20,5 +22,5 @@ lint:    ## style and types
 matrix:  ## every update rule x setting x granularity against finite differences
 	$(PYTHON) tests/test_matrix.py
 
-bench:   ## time and memory beside the plain loop and higher
-	$(PYTHON) benchmarks/unrolled.py
+bench:   ## time and memory beside the plain loop, higher and TorchOpt; SUITE=quick is over in minutes
+	$(PYTHON) -m benchmarks.bench --suite $(SUITE) --out $(OUT)

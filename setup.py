@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "torch_hypergrad/__init__.py").read_text())
 test = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]
-bench = ["psutil>=5.9"]
+bench = ["torchopt>=0.7.3"]
 
 setup(
     name="torch-hypergrad",
@@ -39,6 +39,6 @@ setup(
     extras_require={
         "test": test,
         "bench": bench,
-        "dev": [*test, "ruff>=0.6", "mypy>=1.11"],
+        "dev": [*test, *bench, "ruff>=0.6", "mypy>=1.11"],
     },
 )

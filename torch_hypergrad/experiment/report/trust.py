@@ -103,8 +103,8 @@ def _chaotic(run: Run) -> str | None:
     if growth is None or growth <= MAX_ADJOINT_GROWTH:
         return None
     return (
-        f"Adjoints grew {number(growth, 2)} times over the sweep (median over the last half of the hyper steps): training is so "
-        f"sensitive that the hypergradient holds for tiny changes alone. {_CALMER['unrolled']}"
+        f"Adjoints grew {number(growth, 2)} times over the sweep (median over the last half of the hyper steps): training is "
+        f"so sensitive that the hypergradient holds for tiny changes alone. {_CALMER['unrolled']}"
     )
 
 

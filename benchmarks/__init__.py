@@ -1,0 +1,1 @@
+"""Time and memory beside peers: ``python -m benchmarks.bench``, or ``make bench``."""

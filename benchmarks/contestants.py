@@ -1,0 +1,144 @@
+"""Who takes part in which task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torch_hypergrad import HyperOptimizer, Hyperparameter, Implicit, Neumann, Unrolled
+from torch_hypergrad.methods import Method
+
+from . import peers, yardsticks
+from .cases import NEUMANN_DAMPING, Case, Problem, joined, neumann_scale
+from .measure import Meter
+from .models import loss_of
+
+MAX_GRAPHS = 100
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One row of a table.
+
+    Args:
+        name: in the table.
+        what: in the legend.
+        run: prepares, does the work under the meter, and returns the answer as a vector, if there is one.
+    """
+
+    name: str
+    what: str
+    run: Callable[[Problem, Meter], Tensor | None]
+    whose: Literal["ours", "peer", "yardstick"] = "ours"
+
+
+# ---- ours -----------------------------------------------------------------------------------------------------------
+
+
+def hyper_optimizer(problem: Problem, method: Method) -> HyperOptimizer:
+    tune = [Hyperparameter("weight_decay", per=problem.case.per)]
+    optimizer = problem.optimizer(problem.model.parameters())
+    return HyperOptimizer(problem.model, optimizer, loss_of, tune, method, partial(torch.optim.SGD, lr=0.0))
+
+
+def unrolled(problem: Problem, meter: Meter, **options: object) -> Tensor:
+    method = Unrolled(**options)  # type: ignore[arg-type]
+    with meter:
+        hyper = hyper_optimizer(problem, method)
+        for batch in problem.batches:
+            hyper.step(batch)
+        return joined(hyper.hypergradient(problem.val).values())
+
+
+def few_snapshots(problem: Problem, meter: Meter) -> Tensor:
+    return unrolled(problem, meter, max_snapshots=2 * math.isqrt(problem.num_steps))
+
+
+def neumann(case: Case) -> Implicit:
+    return Implicit(Neumann(case.size, neumann_scale(case), NEUMANN_DAMPING))
+
+
+def implicit(problem: Problem, meter: Meter) -> Tensor:
+    begin = [p.detach().clone() for p in problem.model.parameters()]
+    hyper = hyper_optimizer(problem, neumann(problem.case))
+    hyper.step(problem.batches[0])
+    with torch.no_grad():  # back to where the others are: the implicit method takes the weights as they stand
+        for p, value in zip(problem.model.parameters(), begin):
+            p.copy_(value)
+    with meter:
+        return joined(hyper.hypergradient(problem.val).values())
+
+
+def steps(problem: Problem, meter: Meter, method: Method) -> Tensor:
+    before = joined(problem.model.parameters())
+    hyper = hyper_optimizer(problem, method)
+    with meter:
+        for batch in problem.batches:
+            hyper.step(batch)
+    return joined(problem.model.parameters()) - before
+
+
+# ---- the tables -----------------------------------------------------------------------------------------------------
+
+
+def yardstick(name: str, run: Callable[[Problem, Meter], Tensor | None]) -> Contestant:
+    return Contestant(name, _legend(run), run, "yardstick")
+
+
+def peer(name: str, run: Callable[[Problem, Meter], Tensor | None]) -> Contestant:
+    return Contestant(name, _legend(run), run, "peer")
+
+
+def _legend(run: Callable) -> str:
+    return (run.__doc__ or "").rstrip(".").replace("``", "`")
+
+
+CONTESTANTS: dict[str, list[Contestant]] = {
+    "unrolled": [
+        yardstick("plain", yardsticks.plain),
+        yardstick("floor", yardsticks.floor),
+        Contestant("unrolled", "`Unrolled()`: every state is kept, every step is taken again", unrolled),
+        Contestant("few snapshots", "`Unrolled(max_snapshots=2 * isqrt(T))`", few_snapshots),
+        Contestant("graphs", f"`Unrolled(max_graphs={MAX_GRAPHS})`", partial(unrolled, max_graphs=MAX_GRAPHS)),
+        Contestant(
+            "finite difference",
+            '`Unrolled(second_order="finite_difference")`',
+            partial(unrolled, second_order="finite_difference"),
+        ),
+        Contestant("forward", '`Unrolled(second_order="forward")`', partial(unrolled, second_order="forward")),
+        peer("higher", peers.higher_setting),
+        peer("higher, penalty", peers.higher_penalty),
+        peer("TorchOpt", peers.torchopt_setting),
+        peer("TorchOpt, penalty", peers.torchopt_penalty),
+    ],
+    "implicit": [
+        yardstick("double backwards", yardsticks.double_backwards),
+        Contestant("implicit", "`Implicit(Neumann(K))`", implicit),
+        peer("TorchOpt", peers.torchopt_implicit),
+    ],
+    "steps": [
+        yardstick("plain", yardsticks.plain_steps),
+        Contestant(
+            "implicit", "`hyper.step` with `Implicit`: nothing is recorded", partial(steps, method=Implicit(Neumann(10)))
+        ),
+        Contestant("unrolled", "`hyper.step` with `Unrolled()`: every state is recorded", partial(steps, method=Unrolled())),
+    ],
+}
+
+REFERENCES: dict[str, Callable[[Problem], float]] = {
+    "unrolled": yardsticks.unrolled_reference,
+    "implicit": yardsticks.implicit_reference,
+    "steps": yardsticks.steps_reference,
+}
+
+
+def contestants_of(case: Case) -> list[Contestant]:
+    """Those that take part. A penalty per group is left to the peer that needs it: higher's own way is faster."""
+    present = [c for c in CONTESTANTS[case.task] if case.only is None or c.name in case.only]
+    return [c for c in present if case.per == "element" or c.name != "higher, penalty"]

@@ -1,0 +1,40 @@
+"""What a measuring process does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from .cases import Case, make_problem
+from .contestants import REFERENCES, Contestant
+from .measure import Meter, Outcome
+from .profiling import Clock, clocked
+
+WARM_UP = 2  # steps, or terms
+
+
+def num_steps(case: Case) -> int:
+    return 1 if case.task == "implicit" else case.size
+
+
+def measure(contestant: Contestant, case: Case, profile: bool = False) -> Outcome:
+    """One contestant on one case, after a warm-up: imports, thread pools, kernels."""
+    small = replace(case, size=min(WARM_UP, case.size))
+    contestant.run(make_problem(small, num_steps(small)), Meter())
+    problem, meter, clock = make_problem(case, num_steps(case)), Meter(), Clock()
+    if profile:
+        with clocked(clock):
+            answer = contestant.run(problem, meter)
+    else:
+        answer = contestant.run(problem, meter)
+    return Outcome(meter.seconds, meter.memory, None if answer is None else answer.double().numpy(), clock.seconds)
+
+
+def reference(case: Case) -> Outcome:
+    """The answer along a fixed direction, in float64 and by other means."""
+    problem, meter = make_problem(case, num_steps(case), torch.float64), Meter()
+    with meter:
+        value = REFERENCES[case.task](problem)
+    return Outcome(meter.seconds, meter.memory, np.array([value]))
