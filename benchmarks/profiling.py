@@ -20,7 +20,7 @@ PARTS = {
     "torch_hypergrad.training:Training.gradients": "forward and gradient",
     "torch_hypergrad.hyper_optimizer:HyperOptimizer._validation": "forward and gradient",
     "torch_hypergrad.training:Training.advance": "update rule",
-    "torch_hypergrad.methods.unrolled:UnrolledRecording._through_update": "update rule",
+    "torch_hypergrad.methods.unrolled:UnrolledRecording._through_updates": "update rule",
     "torch_hypergrad.training:Training.capture": "copies",
     "torch_hypergrad.training:Training.traced_update": "update rule",
     "torch_hypergrad.training:Training.write": "copies",

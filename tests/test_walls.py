@@ -28,7 +28,7 @@ ORDER = (
     ("records",),
     ("model_state", "optimizer_state"),
     ("training",),
-    ("adjoint", "second_order", "solvers", "trajectory", "watch"),
+    ("adjoint", "second_order", "solvers", "trajectory", "update_adjoint", "watch"),
     ("methods",),
     ("checks", "checkpoint", "trust"),
     ("hyper_optimizer",),

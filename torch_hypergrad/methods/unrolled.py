@@ -9,14 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import autodiff
 from ..adjoint import Adjoint, merged
-from ..buckets import Bucket, as_list
+from ..buckets import as_list
 from ..hyperparameter_set import HyperparameterSet
-from ..records import State, Step, TracedUpdate
+from ..records import State, Step
 from ..second_order import Reverse, SecondOrder, TracedGradient, check_second_order, way
 from ..training import Training
 from ..trajectory import Trajectory
+from ..update_adjoint import UpdateAdjoint, pull_update
 from ..updates import UpdateRule
 from ..vectors import norm
 from .base import Method, Recording, Statistics, Validation, add_direct
@@ -101,25 +101,6 @@ class Unrolled(Method):
         return UnrolledRecording(training, self)
 
 
-@dataclass(frozen=True)
-class TracedStep:
-    """One training step with graphs of its gradient and of the update of each bucket (None: it had no gradient)."""
-
-    state: State
-    gradient: TracedGradient
-    updates: tuple[TracedUpdate | None, ...]
-
-    def after(self) -> State:
-        """The state after the step. Buffers are left out."""
-        state, updates = self.state, self.updates
-        params = [p if u is None else u.new_param.detach() for p, u in zip(state.params, updates)]
-        rule_states = [
-            r if u is None else {k: v.detach() if isinstance(v, Tensor) else v for k, v in u.new_state.items()}
-            for r, u in zip(state.rule_states, updates)
-        ]
-        return State(state.buckets, tuple(params), tuple(rule_states), None)
-
-
 class UnrolledRecording(Recording):
     """A trajectory, the graphs of its last steps, and the sweep over it."""
 
@@ -128,7 +109,7 @@ class UnrolledRecording(Recording):
         self._trajectory = Trajectory(training, method.truncation, method.max_snapshots, method.offload)
         self._second_order, self._max_graphs = method.second_order, method.max_graphs
         self._keeps_grads = method.second_order != "reverse" and method.max_snapshots is None
-        self._graphs: dict[int, TracedStep] = {}
+        self._graphs: dict[int, TracedGradient] = {}
 
     def take(self, step: Step, state: State) -> tuple[Step, State]:
         if self._max_graphs is not None:
@@ -138,14 +119,13 @@ class UnrolledRecording(Recording):
         return step, after
 
     def _take_traced(self, step: Step, state: State, max_graphs: int) -> tuple[Step, State]:
-        """The same, and keeps the step's graphs in place of those of an older one."""
+        """The same, and keeps the graph of the step's gradient in place of an older one."""
         gradient = Reverse(self._training, step, replace(state, buffers=None))
-        traced = self._trace(step, state, gradient)
         step = self._training.finish(step, gradient.loss, gradient.grads)
         self._trajectory.record(step, state)
         self._graphs.pop(step.number - max_graphs, None)
-        self._graphs[step.number] = traced
-        return step, traced.after()
+        self._graphs[step.number] = gradient
+        return step, self._training.advance(state, gradient.grads, step)
 
     def steps(self) -> Iterable[Step]:
         return self._trajectory.steps()
@@ -167,13 +147,12 @@ class UnrolledRecording(Recording):
         largest = last = norm(adjoint.params)
         trace_gradient, error = way(self._second_order), None
         for step, state in self._trajectory.backward():
-            traced = self._graphs.pop(step.number, None) or self._trace(
-                step, state, trace_gradient(self._training, step, state)
-            )
-            adjoint, adj_grads = self._through_updates(traced, step, adjoint, totals)
-            adjoint = self._through_gradient(traced, adjoint, adj_grads, totals)
-            largest, error = torch.maximum(largest, norm(adjoint.params)), traced.gradient.error
-            if traced.state.buckets is not state.buckets:
+            gradient = self._graphs.pop(step.number, None) or trace_gradient(self._training, step, state)
+            fine = self._training.refine(state, step.active)
+            adjoint, adj_grads = self._through_updates(step, fine, gradient.grads, adjoint, totals)
+            adjoint = self._through_gradient(gradient, adjoint, adj_grads, totals)
+            largest, error = torch.maximum(largest, norm(adjoint.params)), gradient.error
+            if fine is not state:
                 adjoint = merged(adjoint, state, len(self._training.params))
         gradients = add_direct(hyperparameters, hyperparameters.reduce(totals), validation)
         growth = float(largest / last) if last else 1.0
@@ -185,64 +164,37 @@ class UnrolledRecording(Recording):
         buckets = self._training.optimizer_state.buckets
         return Adjoint(buckets, tuple(b.gather(grads) for b in buckets), tuple({} for _ in buckets))
 
-    def _trace(self, step: Step, state: State, gradient: TracedGradient) -> TracedStep:
-        training, grads = self._training, gradient.grads
-        state = training.refine(state, [g is not None for g in grads])
-        updates = [
-            None if grads[bucket.indices[0]] is None else training.traced_update(bucket, param, grads, rule_state, step)
-            for bucket, param, rule_state in zip(state.buckets, state.params, state.rule_states)
-        ]
-        return TracedStep(state, gradient, tuple(updates))
-
     def _through_updates(
-        self, traced: TracedStep, step: Step, adjoint: Adjoint, totals: list[Tensor]
+        self, step: Step, state: State, grads: Sequence[Tensor | None], adjoint: Adjoint, totals: list[Tensor]
     ) -> tuple[Adjoint, list[Tensor | None]]:
         """Vector-Jacobian products of the update rule alone: the adjoint of the state before it, and of the gradient."""
         back = [
-            self._through_update(bucket, update, adj_param, adj_state, step, totals)
-            for bucket, update, adj_param, adj_state in zip(
-                traced.state.buckets, traced.updates, adjoint.params, adjoint.rule_states
+            UpdateAdjoint(adj_param, None, adj_state, {})
+            if grads[bucket.indices[0]] is None
+            else pull_update(self._training, bucket, param, grads, rule_state, step, adj_param, adj_state)
+            for bucket, param, rule_state, adj_param, adj_state in zip(
+                state.buckets, state.params, state.rule_states, adjoint.params, adjoint.rule_states
             )
         ]
-        adj_params, adj_grads, adj_states = zip(*back)
-        buckets = traced.state.buckets
-        return Adjoint(buckets, adj_params, adj_states), as_list(buckets, adj_grads, len(self._training.params))
-
-    def _through_update(
-        self,
-        bucket: Bucket,
-        update: TracedUpdate | None,
-        adj_param: Tensor,
-        adj_state: dict[str, Tensor],
-        step: Step,
-        totals: list[Tensor],
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        if update is None:
-            return adj_param, None, adj_state
-        found = autodiff.gradients(
-            [update.new_param, *(update.new_state[k] for k in adj_state)],
-            [update.param, update.grad, *update.state.values(), *update.tuned.values()],
-            [adj_param, *adj_state.values()],
-        )
         settings = self._training.hyperparameters.settings
-        for setting, part in zip(update.tuned, found[2 + len(update.state) :]):
-            if part is not None:
+        for bucket, pulled in zip(state.buckets, back):
+            for setting, part in pulled.settings.items():
                 setting.add_adjoint(totals[settings.index(setting)], part, bucket, step.number)
-        new_adj_param = torch.zeros_like(adj_param) if found[0] is None else found[0]
-        return new_adj_param, found[1], {k: adj for k, adj in zip(update.state, found[2:]) if adj is not None}
+        before = Adjoint(state.buckets, tuple(b.param for b in back), tuple(b.rule_state for b in back))
+        return before, as_list(state.buckets, [b.grad for b in back], len(self._training.params))
 
     def _through_gradient(
-        self, traced: TracedStep, adjoint: Adjoint, adj_grads: Sequence[Tensor | None], totals: list[Tensor]
+        self, gradient: TracedGradient, adjoint: Adjoint, adj_grads: Sequence[Tensor | None], totals: list[Tensor]
     ) -> Adjoint:
         """Adds the products with the gradient's derivative to the adjoint of the parameters and to ``totals``."""
-        products, mixed = traced.gradient.pull(adj_grads)
+        products, mixed = gradient.pull(adj_grads)
         for total, product in zip(totals[len(self._training.hyperparameters.settings) :], mixed):
             if product is not None:
                 total += product
         filled = [torch.zeros_like(p) if product is None else product for p, product in zip(self._training.params, products)]
-        # The adjoints may share memory, so that what is added to in place is the fresh vector.
+        # Adjoints may share memory: what is added to in place is the fresh vector.
         params = tuple(
-            adj_param if update is None else bucket.gather(filled).add_(adj_param)
-            for bucket, update, adj_param in zip(adjoint.buckets, traced.updates, adjoint.params)
+            adj_param if gradient.grads[bucket.indices[0]] is None else bucket.gather(filled).add_(adj_param)
+            for bucket, adj_param in zip(adjoint.buckets, adjoint.params)
         )
         return replace(adjoint, params=params)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,13 @@ from ..autodiff import sqrt
 from .base import (
     FRACTION,
     POSITIVE,
+    Pulled,
     Settings,
     State,
+    add_scaled,
     addcdiv,
     addcmul,
+    adjoint_of,
     decayed,
     is_on,
     l2_stationarity,
@@ -65,7 +70,40 @@ def adam_stationarity(param: Tensor, grad: Tensor, state: State, settings: Setti
     return decoupled_stationarity(param, grad, scale, settings)
 
 
-@register_update(torch.optim.Adam, TUNABLE, stationarity=adam_stationarity, moves_optimum=("weight_decay",))
+def pull_adam(
+    param: Tensor, grad: Tensor, state: State, settings: Settings, adj_param: Tensor, adj_state: Mapping[str, Tensor]
+) -> Pulled | None:
+    """The vector-Jacobian product of :func:`adam` where neither ``betas`` nor ``eps`` is tuned, without AMSGrad."""
+    lr, (beta1, beta2), weight_decay = settings["lr"], settings["betas"], settings["weight_decay"]
+    if settings["amsgrad"] or any(isinstance(value, Tensor) for value in (beta1, beta2, settings["eps"])):
+        return None
+    _, decayed_grad = decay(param, grad, settings)
+    step, exp_avg, exp_avg_sq = moments(decayed_grad, state, settings)
+    denominator = preconditioner(exp_avg_sq, step, settings)
+    ratio, step_size = exp_avg / denominator, lr / (1 - beta1**step)
+    adj_ratio = (adj_param * -step_size).div_(denominator)
+    # d denominator / d exp_avg_sq = 1 / (2 root bias_correction2), taken as 0 where the root is 0: see autodiff.sqrt.
+    root = exp_avg_sq.sqrt_().mul_(2 * (1 - beta2**step) ** 0.5)
+    adj_sq = torch.where(root == 0, 0.0, (adj_ratio * ratio).neg_().div_(root))
+    adj_avg = adj_ratio if "exp_avg" not in adj_state else adj_ratio.add_(adj_state["exp_avg"])
+    adj_sq = adj_sq if "exp_avg_sq" not in adj_state else adj_sq.add_(adj_state["exp_avg_sq"])
+    adj_grad = (adj_sq * decayed_grad).mul_(2 * (1 - beta2)).add_(adj_avg, alpha=1 - beta1)
+    adj_before = {"exp_avg": adj_avg * beta1, "exp_avg_sq": adj_sq * beta2} if "exp_avg" in state else {}
+    decoupled = settings.get("decoupled_weight_decay", False)
+    adj_settings = {}
+    if isinstance(lr, Tensor):
+        adj_settings["lr"] = -adjoint_of(lr, adj_param, ratio) / (1 - beta1**step)
+        if decoupled and is_on(weight_decay):
+            adj_settings["lr"] = adj_settings["lr"] - adjoint_of(lr, adj_param, weight_decay * param)
+    if isinstance(weight_decay, Tensor):
+        through = adj_param * -lr if decoupled else adj_grad
+        adj_settings["weight_decay"] = adjoint_of(weight_decay, through, param)
+    if is_on(weight_decay):
+        adj_param = adj_param * (1 - lr * weight_decay) if decoupled else add_scaled(adj_param, adj_grad, weight_decay)
+    return Pulled(adj_param, signed(adj_grad, settings), adj_before, adj_settings)
+
+
+@register_update(torch.optim.Adam, TUNABLE, stationarity=adam_stationarity, moves_optimum=("weight_decay",), pull=pull_adam)
 def adam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
     """Adam (Kingma and Ba 2015) with AMSGrad (Reddi et al. 2018)."""
     param, grad = decay(param, grad, settings)
@@ -84,7 +122,14 @@ def adamw_stationarity(param: Tensor, grad: Tensor, state: State, settings: Sett
     return adam_stationarity(param, grad, state, {**settings, "decoupled_weight_decay": True})
 
 
-@register_update(torch.optim.AdamW, TUNABLE, stationarity=adamw_stationarity, moves_optimum=("weight_decay",))
+def pull_adamw(
+    param: Tensor, grad: Tensor, state: State, settings: Settings, adj_param: Tensor, adj_state: Mapping[str, Tensor]
+) -> Pulled | None:
+    """The vector-Jacobian product of :func:`adamw`."""
+    return pull_adam(param, grad, state, {**settings, "decoupled_weight_decay": True}, adj_param, adj_state)
+
+
+@register_update(torch.optim.AdamW, TUNABLE, stationarity=adamw_stationarity, moves_optimum=("weight_decay",), pull=pull_adamw)
 def adamw(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
     return adam(param, grad, state, {**settings, "decoupled_weight_decay": True})

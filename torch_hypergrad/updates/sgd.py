@@ -2,21 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from .base import (
     POSITIVE,
+    Pulled,
     Settings,
     State,
     add_scaled,
+    adjoint_of,
     decayed,
     is_on,
     l2_stationarity,
     register_update,
     scalar_tensor,
     scalar_value,
+    signed,
 )
+
+
+def direction(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+    """What is subtracted from the parameters, ``lr`` times, and the state."""
+    momentum = settings["momentum"]
+    grad = decayed(grad, param, settings)
+    if not is_on(momentum):
+        return grad, state
+    buffer = state.get("momentum_buffer")
+    buffer = grad.clone() if buffer is None else add_scaled(buffer * momentum, grad, 1 - settings["dampening"])
+    return add_scaled(grad, buffer, momentum) if settings["nesterov"] else buffer, {"momentum_buffer": buffer}
+
+
+def pull_sgd(
+    param: Tensor, grad: Tensor, state: State, settings: Settings, adj_param: Tensor, adj_state: Mapping[str, Tensor]
+) -> Pulled | None:
+    """The vector-Jacobian product of :func:`sgd` without Nesterov's momentum."""
+    lr, momentum, weight_decay = settings["lr"], settings["momentum"], settings["weight_decay"]
+    if settings["nesterov"] or isinstance(settings["dampening"], Tensor):
+        return None
+    buffer, adj_buffer = state.get("momentum_buffer"), adj_state.get("momentum_buffer")
+    adj_settings, adj_before = {}, {}
+    if isinstance(lr, Tensor):
+        adj_settings["lr"] = -adjoint_of(lr, adj_param, direction(param, grad, state, settings)[0])
+    adj_grad = adj_param * -lr if adj_buffer is None else add_scaled(adj_buffer, adj_param, -lr)
+    if is_on(momentum) and buffer is not None:
+        adj_before["momentum_buffer"] = adj_grad * momentum
+        if isinstance(momentum, Tensor):
+            adj_settings["momentum"] = adjoint_of(momentum, adj_grad, buffer)
+        if settings["dampening"] != 0:
+            adj_grad = adj_grad * (1 - settings["dampening"])
+    elif isinstance(momentum, Tensor):
+        adj_settings["momentum"] = torch.zeros_like(momentum)
+    if isinstance(weight_decay, Tensor):
+        adj_settings["weight_decay"] = adjoint_of(weight_decay, adj_grad, param)
+    adj_param = add_scaled(adj_param, adj_grad, weight_decay) if is_on(weight_decay) else adj_param
+    return Pulled(adj_param, signed(adj_grad, settings), adj_before, adj_settings)
 
 
 @register_update(
@@ -24,18 +66,12 @@ from .base import (
     {"lr": POSITIVE, "momentum": POSITIVE, "dampening": POSITIVE, "weight_decay": POSITIVE},
     stationarity=l2_stationarity,
     moves_optimum=("weight_decay",),
+    pull=pull_sgd,
 )
 def sgd(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
     """Stochastic gradient descent (Robbins and Monro 1951) with momentum (Polyak 1964, Nesterov 1983)."""
-    lr, momentum = settings["lr"], settings["momentum"]
-    grad = decayed(grad, param, settings)
-    if is_on(momentum):
-        buffer = state.get("momentum_buffer")
-        first = buffer is None
-        buffer = grad.clone() if first else add_scaled(buffer * momentum, grad, 1 - settings["dampening"])
-        state = {"momentum_buffer": buffer}
-        grad = add_scaled(grad, buffer, momentum) if settings["nesterov"] else buffer
-    return add_scaled(param, grad, -lr), state
+    step, state = direction(param, grad, state, settings)
+    return add_scaled(param, step, -settings["lr"]), state
 
 
 def asgd_stationarity(param: Tensor, grad: Tensor, state: State, settings: Settings) -> Tensor:
