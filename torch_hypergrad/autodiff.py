@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import NotTwiceDifferentiableError
 
@@ -72,6 +71,14 @@ def linearized(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Callable[
     return push
 
 
+_ATTENTION_KERNELS = (
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+)
+
+
 @contextmanager
 def differentiable_kernels(*, recurrent: bool) -> Iterator[None]:
     """Selects the kernels that can be differentiated twice.
@@ -80,8 +87,16 @@ def differentiable_kernels(*, recurrent: bool) -> Iterator[None]:
     for a model that contains one, cuDNN is off.
     """
     without_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
-    with sdpa_kernel(SDPBackend.MATH), without_cudnn:
-        yield
+    before = [enabled() for enabled, _ in _ATTENTION_KERNELS]
+    try:
+        # torch.nn.attention.sdpa_kernel does the same in a tenth of a millisecond, and every training step waits for it.
+        for (_, enable), wanted in zip(_ATTENTION_KERNELS, (False, False, False, True)):
+            enable(wanted)
+        with without_cudnn:
+            yield
+    finally:
+        for (_, enable), was in zip(_ATTENTION_KERNELS, before):
+            enable(was)
 
 
 def refuse_once_differentiable(grads: Sequence[Tensor]) -> None:
