@@ -20,6 +20,7 @@ Settings: TypeAlias = Mapping[str, Any]
 
 Update: TypeAlias = Callable[[Tensor, Tensor, State, Settings], tuple[Tensor, State]]
 Stationarity: TypeAlias = Callable[[Tensor, Tensor, State, Settings], Tensor]
+Preconditioner: TypeAlias = Callable[[State, Settings], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,13 @@ class UpdateRule:
         stationarity: ``stationarity(param, grad, state, settings) -> F``, which is zero at the training optimum;
             its Jacobian in ``param`` is symmetric when that of ``grad`` is. None if the optimizer has no such form.
         moves_optimum: the tunable settings that ``stationarity`` depends on.
-        elementwise: whether each entry is updated from the same entry of param, grad and state alone. Such rules
-            run on all parameters of a group as one flat vector; others run on one parameter at a time.
+        elementwise: whether each entry is updated from the same entry of param, grad and state alone, and the
+            stationarity likewise. Such rules run on all parameters of a group as one flat vector; others run on one
+            parameter at a time.
         scalars: names in ``state`` that are one number for each parameter.
         whole: tunable settings that act on a parameter as a whole, and so have no value per element.
+        preconditioner: ``preconditioner(state, settings) -> D``, the positive diagonal that the rule divides its steps by,
+            such as ``sqrt(v) + eps``, from a state after a step; only its proportions matter. None if it has none.
     """
 
     update: Update
@@ -47,6 +51,7 @@ class UpdateRule:
     elementwise: bool = True
     scalars: Sequence[str] = ()
     whole: Sequence[str] = ()
+    preconditioner: Preconditioner | None = None
 
 
 _RULES: dict[type[Optimizer], UpdateRule] = {}
@@ -61,6 +66,7 @@ def register_update(
     elementwise: bool = True,
     scalars: Sequence[str] = (),
     whole: Sequence[str] = (),
+    preconditioner: Preconditioner | None = None,
 ) -> Callable[[Update], Update]:
     """Registers the decorated function as the update rule of ``optimizer_type``.
 
@@ -77,7 +83,14 @@ def register_update(
 
     def register(update: Update) -> Update:
         _RULES[optimizer_type] = UpdateRule(
-            update, dict(tunable), stationarity, tuple(moves_optimum), elementwise, tuple(scalars), tuple(whole)
+            update,
+            dict(tunable),
+            stationarity,
+            tuple(moves_optimum),
+            elementwise,
+            tuple(scalars),
+            tuple(whole),
+            preconditioner,
         )
         return update
 
