@@ -3,7 +3,7 @@ PYTHON ?= python
 SUITE ?= targets small
 OUT ?= docs/results/bench.md
 
-.PHONY: setup test slow lint matrix bench
+.PHONY: setup test slow lint matrix bench solvers
 
 setup:   ## install for development
 	$(PYTHON) -m pip install -e ".[dev]"
@@ -24,3 +24,6 @@ matrix:  ## every update rule x setting x granularity against finite differences
 
 bench:   ## time and memory beside the plain loop, higher and TorchOpt; SUITE=quick is over in minutes
 	$(PYTHON) -m benchmarks.bench --suite $(SUITE) --out $(OUT)
+
+solvers: ## products that each solver needs for an accurate hypergradient; DATA=folder with MNIST
+	$(PYTHON) benchmarks/solvers.py $(if $(DATA),--data $(DATA))

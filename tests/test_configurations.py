@@ -70,6 +70,20 @@ def test_a_shipped_configuration_is_valid_and_documented(file: Path) -> None:
     assert "compare:" in text, "what its rivals search"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--method.solver=nystrom", "--method.num_terms=null", "--method.rank=5", "--method.max_steps=10"],
+        ["--method.solver=nystrom", "--method.num_terms=null", "--method.max_steps=0"],
+        ["--method.curvature=gauss_newton"],
+        ["--method.preconditioner=second_moments", "--optimizer={name: AdamW, options: {lr: 0.01}}"],
+    ],
+    ids=" ".join,
+)
+def test_every_option_of_the_implicit_method_can_be_chosen(arguments: list[str], digits: Path) -> None:
+    assert main(["train", "--config", str(digits), *arguments, "--dry_run=true"]) == 0
+
+
 # ---- help -------------------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +132,11 @@ def test_help_shows_every_key_with_type_default_and_meaning(command: str, capsys
         (["--scheduler.name=ReduceLROnPlateau"], "needs a metric"),
         (["--hyper_optimizer.options={lr: fast}"], "hyper_optimizer.options.lr"),
         (["--method.rtol=0.1"], "method.rtol=0.1 does not go with method.name=implicit with method.solver=neumann"),
+        (["--method.rank=3"], "method.rank=3 does not go with method.name=implicit with method.solver=neumann"),
+        (["--method.solver=nystrom", "--method.num_terms=null", "--method.rank=0"], "method.rank must be at least 1, got 0"),
+        (["--method.solver=cg", "--method.num_terms=null", "--method.max_steps=0"], "CG: max_steps must be at least 1, got 0"),
+        (["--method.curvature=gauss"], "method.curvature: expected"),
+        (["--method.preconditioner=second_moments"], "SGD keeps no second moments"),
         (["--method.truncation=3"], "method.truncation=3 does not go with"),
         (["--method.name=none"], "method.name=none trains without tuning"),
         (["--tune={}"], "needs something to tune"),

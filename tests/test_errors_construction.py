@@ -15,6 +15,7 @@ from torch_hypergrad import (
     Identity,
     Implicit,
     Neumann,
+    Nystrom,
     Unrolled,
 )
 
@@ -93,6 +94,15 @@ def test_hyperparameter_refuses(arguments, kind, words):
         (lambda: CG(rtol=-1e-3), ValueError, ["rtol", "at least 0", "-0.001"]),
         (lambda: CG(rtol="small"), TypeError, ["rtol", "'small'"]),
         (lambda: CG(damping=INFINITY), ValueError, ["damping", "finite", "inf"]),
+        (lambda: Nystrom(0), ValueError, ["rank", "0", "at least 1"]),
+        (lambda: Nystrom(2.0), TypeError, ["rank", "int", "2.0"]),
+        (lambda: Nystrom(damping=-1.0), ValueError, ["damping", "at least 0", "-1"]),
+        (lambda: Nystrom(max_steps=-1), ValueError, ["max_steps", "-1"]),
+        (lambda: Nystrom(max_steps=False), TypeError, ["max_steps", "False"]),
+        (lambda: Nystrom(max_steps=0), ValueError, ["max_steps=0", "damping above 0", "got 0"]),
+        (lambda: Nystrom(rtol="small"), TypeError, ["rtol", "'small'"]),
+        (lambda: Implicit(CG(), curvature="fisher"), ValueError, ["curvature", "'hessian' or 'gauss_newton'", "'fisher'"]),
+        (lambda: Implicit(CG(), preconditioner="adam"), ValueError, ["preconditioner", "'second_moments'", "'adam'"]),
         (lambda: Cholesky(damping=-1.0), ValueError, ["damping", "at least 0", "-1"]),
         (lambda: Cholesky(damping=None), TypeError, ["damping", "None"]),
         (lambda: Identity(0.0), ValueError, ["scale", "above 0"]),

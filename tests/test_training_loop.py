@@ -203,6 +203,17 @@ def test_a_solver_that_fails_skips_the_hyper_step_and_says_so(tmp_path: Path) ->
     assert torch.equal(tuned["values"]["weight_decay/group0"], tuned["start"]["weight_decay/group0"])
 
 
+def test_a_run_with_nystrom_gauss_newton_and_second_moments(tmp_path: Path) -> None:
+    method = {"solver": "nystrom", "rank": 4, "curvature": "gauss_newton", "preconditioner": "second_moments"}
+    optimizer = {"name": "AdamW", "options": {"lr": 0.01, "weight_decay": 0.1}}
+    config = configured(SMALL, tmp_path, method=method, optimizer=optimizer, tune={"weight_decay": {"init": 0.1, "log": True}})
+    folder = run(config, tmp_path)
+    steps = rows_of(folder, "hyper")
+    assert len(steps) == 3
+    assert all(step["residual"] < 0.1 for step in steps)
+    assert not rows_of(folder, "skipped")
+
+
 def test_training_that_diverges_stops_with_the_reason(tmp_path: Path) -> None:
     config = configured(SMALL, tmp_path, optimizer={"options": {"lr": 1e30}})
     with pytest.raises(TrainingError, match=r"Training stopped after step \d+: .* learning rate"):

@@ -10,7 +10,7 @@ from .errors import (
 from .hyper_optimizer import HyperOptimizer, HyperReport
 from .hyperparameters import Hyperparameter
 from .methods import ForwardMode, Implicit, Method, Unrolled
-from .solvers import CG, Cholesky, Identity, Neumann, SolveInfo, Solver
+from .solvers import CG, Cholesky, Identity, Neumann, Nystrom, SolveInfo, Solver
 from .updates import UpdateRule, register_update
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [
     "Neumann",
     "NonFiniteError",
     "NotTwiceDifferentiableError",
+    "Nystrom",
     "SolveInfo",
     "Solver",
     "SolverError",

@@ -7,10 +7,10 @@ from dataclasses import asdict, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 from ..methods import ForwardMode, Implicit, Unrolled
-from ..solvers import CG, Cholesky, Identity, Neumann
+from ..solvers import CG, Cholesky, Identity, Neumann, Nystrom
 from .config import Config, ConfigError, MethodConfig, Tune
 
-SOLVERS: dict[str, type] = {"neumann": Neumann, "cg": CG, "cholesky": Cholesky, "identity": Identity}
+SOLVERS: dict[str, type] = {"neumann": Neumann, "cg": CG, "nystrom": Nystrom, "cholesky": Cholesky, "identity": Identity}
 METHODS: dict[str, type] = {"implicit": Implicit, "unrolled": Unrolled, "forward": ForwardMode}
 MOST_THREADS = 1024
 LOSS_TENSORS = ("example_weights", "augmentation")
@@ -20,7 +20,7 @@ AT_LEAST_ONE = {
     "output": ("log_every", "eval_every", "eval_size", "checkpoint_every", "keep_checkpoints"),
     "compare": ("grid_size",),
     "data": ("image_size", "train_size", "val_size", "test_size"),
-    "method": ("num_terms", "max_steps", "num_batches", "truncation", "max_snapshots"),
+    "method": ("num_terms", "rank", "num_batches", "truncation", "max_snapshots"),
 }
 
 

@@ -114,9 +114,13 @@ class MethodConfig:
         solver: of implicit: how its linear system is solved. null takes neumann
         num_terms: of neumann: terms of the series (null: 20)
         scale: of neumann: its step, null estimates it; of identity: its factor (null: 1)
-        damping: of neumann, cg and cholesky: added to the diagonal of the Hessian (null: 0)
-        max_steps: of cg (null: 50)
-        rtol: of cg: the relative residual at which it stops (null: 1e-6)
+        damping: of neumann, cg, nystrom and cholesky: added to the diagonal of the Hessian (null: 0)
+        max_steps: of cg and nystrom (null: 50)
+        rtol: of cg and nystrom: the relative residual at which they stop (null: 1e-6)
+        rank: of nystrom: random directions (null: 20)
+        curvature: of implicit: hessian is exact; gauss_newton leaves out what can make it negative (null: hessian)
+        preconditioner: of implicit: second_moments solves in the units of Adam and its family. Take it with AdamW (null:
+            none)
         num_batches: of implicit: the training loss is the mean over so many of the last batches (null: 1)
         truncation: of unrolled: only the last so many steps count. null takes train.hyper_every, or the whole episode
         max_snapshots: of unrolled: keep at most so many states and recompute the others. null keeps all
@@ -124,12 +128,15 @@ class MethodConfig:
     """
 
     name: Literal["implicit", "unrolled", "forward", "none"] = "implicit"
-    solver: Literal["neumann", "cg", "cholesky", "identity"] | None = None
+    solver: Literal["neumann", "cg", "nystrom", "cholesky", "identity"] | None = None
     num_terms: int | None = None
     scale: float | None = None
     damping: float | None = None
     max_steps: int | None = None
     rtol: float | None = None
+    rank: int | None = None
+    curvature: Literal["hessian", "gauss_newton"] | None = None
+    preconditioner: Literal["second_moments"] | None = None
     num_batches: int | None = None
     truncation: int | None = None
     max_snapshots: int | None = None

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from .. import autodiff
-from ..buckets import Bucket
-from ..errors import SolverError
+from ..curvature import BatchGraph, GradientGraph, captured_outputs
 from ..hyperparameter_set import HyperparameterSet
 from ..records import State, Step
-from ..solvers import Solver
-from ..solvers.base import check_positive_int
+from ..solvers import SolveInfo, Solver
+from ..solvers.base import Matvec, check_positive_int
+from ..stationarity import Stationarity
 from ..training import Training
 from ..trajectory import pack_step, unpack_step
-from ..tuned import TunedSetting
 from ..updates import UpdateRule
 from .base import Method, Recording, Statistics, Validation, add_direct
 
@@ -36,20 +33,31 @@ class Implicit(Method):
     may be changed or loaded between steps.
 
     Args:
-        solver: how to solve for q: :class:`Neumann`, :class:`CG`, :class:`Cholesky` or :class:`Identity`.
+        solver: how to solve for q: :class:`CG`, :class:`Nystrom`, :class:`Neumann`, :class:`Cholesky` or :class:`Identity`.
         num_batches: F is the mean over the last so many training batches.
+        curvature: what stands for :math:`\partial_\theta g` in the system: the ``"hessian"``, which is exact, or
+            ``"gauss_newton"``, :math:`J^\top H_{loss} J`, which is positive semi-definite and takes the model for linear.
+            It needs a training loss that depends on the parameters through the model's outputs alone, and is convex in
+            them. Mixed products are exact with both.
+        preconditioner: ``"second_moments"`` gives the solver the system in the optimizer's own units,
+            :math:`D^{-1/2} A D^{-1/2} y = D^{-1/2} b` and :math:`q = D^{-1/2} y`, with :math:`D = \sqrt{\hat v} + \epsilon`
+            of Adam and its family. The solver's damping is then added in these units, :math:`A + damping\, D`; the
+            residual is that of the system :math:`(A + damping\, D)\, q = b` itself, at the price of one more product.
 
     Only what moves the optimum can be tuned: weight decay and the like, and tensors in the training loss. ``lr``,
     ``betas`` or ``momentum`` are refused.
 
     Raises:
-        TypeError, ValueError: for a solver that is none, or ``num_batches`` below 1.
+        TypeError, ValueError: for a solver that is none, ``num_batches`` below 1, or another curvature or preconditioner;
+            and for an optimizer without second moments, when the HyperOptimizer is made.
 
     Source: Bengio 2000; Pedregosa 2016; Lorraine, Vicol and Duvenaud 2020.
     """
 
     solver: Solver
     num_batches: int = 1
+    curvature: Literal["hessian", "gauss_newton"] = "hessian"
+    preconditioner: Literal["second_moments"] | None = None
 
     replays: ClassVar[bool] = False
 
@@ -57,17 +65,26 @@ class Implicit(Method):
         if not isinstance(self.solver, Solver):
             raise TypeError(f"Implicit: solver must be a Solver such as Neumann(20), got {self.solver!r}.")
         check_positive_int(self.num_batches, "Implicit: num_batches")
+        if self.curvature not in ("hessian", "gauss_newton"):
+            raise ValueError(f"Implicit: curvature must be 'hessian' or 'gauss_newton', got {self.curvature!r}.")
+        if self.preconditioner not in (None, "second_moments"):
+            raise ValueError(f"Implicit: preconditioner must be 'second_moments' or None, got {self.preconditioner!r}.")
 
     @property
     def needs_second_derivatives(self) -> bool:
         return True
 
     def check(self, hyperparameters: HyperparameterSet, rule: UpdateRule, optimizer_name: str) -> None:
-        """Refuses settings that do not move the optimum."""
+        """Refuses settings that do not move the optimum, and a preconditioner that the optimizer does not have."""
         if rule.stationarity is None:
             raise ValueError(
                 f"{optimizer_name} has no stationarity, the equation that holds at its training optimum, so the implicit "
                 "method cannot differentiate it. Use method=Unrolled(), or register its rule with a stationarity."
+            )
+        if self.preconditioner is not None and rule.preconditioner is None:
+            raise ValueError(
+                f"{optimizer_name} keeps no second moments, so Implicit(preconditioner='second_moments') has nothing to scale "
+                "the system by. Pass preconditioner=None, or train with Adam, AdamW, RMSprop, Adagrad or the like."
             )
         for setting in hyperparameters.settings:
             name = setting.spec.name
@@ -86,7 +103,7 @@ class Implicit(Method):
 
     def start(self, training: Training) -> Recording:
         """No batches yet."""
-        return ImplicitRecording(training, self.solver, self.num_batches)
+        return ImplicitRecording(training, self)
 
 
 class ImplicitRecording(Recording):
@@ -94,9 +111,9 @@ class ImplicitRecording(Recording):
 
     checks_parameters = False
 
-    def __init__(self, training: Training, solver: Solver, num_batches: int) -> None:
-        self._training, self._solver = training, solver
-        self._steps: deque[Step] = deque(maxlen=num_batches)
+    def __init__(self, training: Training, method: Implicit) -> None:
+        self._training, self._method = training, method
+        self._steps: deque[Step] = deque(maxlen=method.num_batches)
 
     def take(self, step: Step, state: State) -> tuple[Step, State]:
         step, after, _ = self._training.take(step, state)
@@ -117,80 +134,41 @@ class ImplicitRecording(Recording):
         self._steps.extend(unpack_step(step) for step in saved["steps"])
 
     def hypergradient(self, validation: Validation) -> tuple[list[Tensor], Statistics]:
-        training, hyperparameters = self._training, self._training.hyperparameters
-        state = training.capture()
-        grads = self._mean_gradients()
-        active = [g is not None for g in grads]
-        state = training.refine(state, active)
-        buckets = [bucket for bucket in state.buckets if active[bucket.indices[0]]]
-        tuned = {
-            bucket: {s: autodiff.leaf(s.for_bucket(bucket, 0)) for s in hyperparameters.of_group[bucket.group]}
-            for bucket in buckets
-        }
-        stationarity = self._stationarity(state, buckets, grads, tuned)
-        params = [training.params[i] for bucket in buckets for i in bucket.indices]
-
-        def matvec(v: Tensor) -> Tensor:
-            found = autodiff.gradients([stationarity], params, [v], retain_graph=True)
-            if all(product is None for product in found):
-                raise SolverError(
-                    "The training gradient does not depend on the parameters: the loss is linear in them and has no optimum. "
-                    "Use a strictly convex loss, weight decay, or method=Unrolled()."
-                )
-            return _joined(found, params, like=v)
-
-        b = _joined([validation.grads[i] for bucket in buckets for i in bucket.indices], params, like=stationarity.detach())
-        q, info = self._solver.solve(matvec, b)
-        totals = self._mixed_products(stationarity, q, tuned)
+        hyperparameters = self._training.hyperparameters
+        state = self._training.capture()
+        graph = self._gradient_graph()
+        stationarity = Stationarity(self._training, self._steps[-1], state, graph.mean())
+        pull = graph.gauss_newton() if self._method.curvature == "gauss_newton" else graph.hessian_product
+        b = stationarity.joined(validation.grads)
+        q, info = self._solve(lambda v: stationarity.product(v, pull), b, stationarity)
+        totals = hyperparameters.zero_adjoints()
+        adj_grads = stationarity.pull_tuned(q, totals)
+        for total, part in zip(totals[len(hyperparameters.settings) :], graph.mixed_product(adj_grads)):
+            if part is not None:
+                total += part
         gradients = [-g for g in hyperparameters.reduce(totals)]
         return add_direct(hyperparameters, gradients, validation), Statistics(info.num_matvecs, info.residual)
 
-    def _mean_gradients(self) -> list[Tensor | None]:
-        """The gradient at the current weights, with graph, as a mean over the recorded batches."""
-        found = [self._training.revisit(step, create_graph=True)[1] for step in self._steps]
-        means: list[Tensor | None] = []
-        for of_batches in zip(*found):
-            present = [g for g in of_batches if g is not None]
-            means.append(torch.stack(present).sum(0) / len(found) if present else None)
-        return means
+    def _gradient_graph(self) -> GradientGraph:
+        """The gradient at the current weights on the recorded batches, with graph."""
+        training, batches = self._training, []
+        watched = training.model if self._method.curvature == "gauss_newton" else None
+        for step in self._steps:
+            with captured_outputs(watched) as outputs:
+                loss, grads, _ = training.revisit(step, create_graph=True)
+            batches.append(BatchGraph(loss, grads, outputs))
+        return GradientGraph(batches, training.params, training.hyperparameters.loss_tensors)
 
-    def _stationarity(
-        self,
-        state: State,
-        buckets: Sequence[Bucket],
-        grads: Sequence[Tensor | None],
-        tuned: dict[Bucket, dict[TunedSetting, Tensor]],
-    ) -> Tensor:
-        """F as one vector, with the graph that all products share."""
-        training, rule = self._training, self._training.rule
-        rule_states = dict(zip(state.buckets, state.rule_states))
-        parts = []
-        assert rule.stationarity is not None
-        with torch.enable_grad():
-            for bucket in buckets:
-                settings = training.settings(bucket, self._steps[-1], tuned[bucket])
-                param, grad = bucket.gather(training.params), bucket.gather(grads)  # type: ignore[arg-type]
-                parts.append(rule.stationarity(param, grad, rule_states[bucket], settings).reshape(-1))
-            return torch.cat([part.to(parts[0].device) for part in parts])
-
-    def _mixed_products(
-        self, stationarity: Tensor, q: Tensor, tuned: dict[Bucket, dict[TunedSetting, Tensor]]
-    ) -> list[Tensor]:
-        """``(dF/dlambda)^T q`` for every hyperparameter."""
-        hyperparameters = self._training.hyperparameters
-        totals = hyperparameters.zero_adjoints()
-        leaves = [(bucket, setting, leaf) for bucket, of in tuned.items() for setting, leaf in of.items()]
-        inputs = [leaf for _, _, leaf in leaves] + hyperparameters.loss_tensors
-        found = autodiff.gradients([stationarity], inputs, [q])
-        for (bucket, setting, _), part in zip(leaves, found):
-            if part is not None:
-                setting.add_adjoint(totals[hyperparameters.settings.index(setting)], part, bucket, 0)
-        for total, part in zip(totals[len(hyperparameters.settings) :], found[len(leaves) :]):
-            if part is not None:
-                total += part
-        return totals
-
-
-def _joined(tensors: Sequence[Tensor | None], params: Sequence[Tensor], like: Tensor) -> Tensor:
-    filled = [torch.zeros_like(p) if t is None else t for t, p in zip(tensors, params)]
-    return torch.cat([t.reshape(-1).to(like) for t in filled])
+    def _solve(self, matvec: Matvec, b: Tensor, stationarity: Stationarity) -> tuple[Tensor, SolveInfo]:
+        solver = self._method.solver
+        if self._method.preconditioner is None:
+            return solver.solve(matvec, b)
+        diagonal = stationarity.preconditioner()
+        scale = diagonal.rsqrt()
+        y, info = solver.solve(lambda v: matvec(v * scale).mul_(scale), b * scale)
+        q = y.mul_(scale)
+        if info.residual is None:
+            return q, info
+        residual, norm = (b - matvec(q)).sub_(diagonal * q, alpha=info.damping).norm(), b.norm()
+        relative = float(residual / norm) if norm > 0 else 0.0
+        return q, replace(info, num_matvecs=info.num_matvecs + 1, residual=relative)

@@ -5,5 +5,6 @@ from .cg import CG
 from .cholesky import Cholesky
 from .identity import Identity
 from .neumann import Neumann
+from .nystrom import Nystrom
 
-__all__ = ["CG", "Cholesky", "Identity", "Neumann", "SolveInfo", "Solver"]
+__all__ = ["CG", "Cholesky", "Identity", "Neumann", "Nystrom", "SolveInfo", "Solver"]

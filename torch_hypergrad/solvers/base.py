@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from ..errors import SolverError
@@ -22,10 +23,12 @@ class SolveInfo:
     Args:
         num_matvecs: products with ``A``.
         residual: norm of ``b - A x`` over the norm of ``b``, damping included in ``A``; None where not computed.
+        damping: what was added to the diagonal of ``A``.
     """
 
     num_matvecs: int
     residual: float | None
+    damping: float = 0.0
 
 
 class Solver(ABC):
@@ -36,7 +39,7 @@ class Solver(ABC):
         """The solution, of shape ``(n,)`` as ``b``, and its statistics.
 
         Args:
-            matvec: ``v -> A v`` for vectors of shape ``(n,)``.
+            matvec: ``v -> A v`` for vectors of shape ``(n,)``; a new vector each time, which may be written to.
             b: the right-hand side, of shape ``(n,)``.
 
         Raises:
@@ -64,7 +67,57 @@ def damped(matvec: Matvec, damping: float) -> Matvec:
     """``v -> (A + damping I) v``."""
     if damping == 0:
         return matvec
-    return lambda v: matvec(v) + damping * v
+    return lambda v: matvec(v).add_(v, alpha=damping)
+
+
+def conjugate_gradients(
+    matvec: Matvec, b: Tensor, max_steps: int, rtol: float, precondition: Matvec | None = None
+) -> tuple[Tensor, int, float]:
+    """Conjugate gradients from 0, with a symmetric positive definite approximation of the inverse or without.
+
+    Returns:
+        The solution, the number of steps, and the norm of the residual over that of ``b``.
+
+    Raises:
+        IndefiniteError: for a direction without positive curvature.
+
+    Source: Hestenes and Stiefel 1952; Saad 2003, algorithm 9.1.
+    """
+    norm = check_finite(b)
+    x, r = torch.zeros_like(b), b.clone()
+    z = r if precondition is None else precondition(r)
+    p = z.clone()
+    rz, residual, steps = float(r @ z), norm, 0
+    while steps < max_steps and residual > rtol * norm:
+        ap = matvec(p)
+        steps += 1
+        curvature = float(p @ ap)
+        if not curvature > 0:
+            raise IndefiniteError(curvature / float(p @ p), steps)
+        x.add_(p, alpha=rz / curvature)
+        r.sub_(ap, alpha=rz / curvature)
+        z = r if precondition is None else precondition(r)
+        old, rz = rz, float(r @ z)
+        p.mul_(rz / old).add_(z)
+        residual = math.sqrt(rz) if precondition is None else float(r.norm())
+    return x, steps, residual / norm if norm > 0 else 0.0
+
+
+class IndefiniteError(Exception):
+    """A direction without positive curvature; each solver turns it into a :class:`SolverError` with its remedy."""
+
+    def __init__(self, curvature: float, steps: int) -> None:
+        super().__init__(curvature, steps)
+        self.curvature, self.steps = curvature, steps
+
+    def explain(self, solver: str, damping: float) -> SolverError:
+        """The error for the user."""
+        return SolverError(
+            f"{solver} met a direction of curvature {self.curvature:.3g} in iteration {self.steps}, and needs positive ones: "
+            "the training Hessian, with decay and damping, is not positive definite. Training is not at a minimum: train "
+            f"longer before the hyper step, pass {solver}(damping=...) above {damping + max(-self.curvature, 0):.3g}, or "
+            "Implicit(curvature='gauss_newton'), which is never negative."
+        )
 
 
 def check_finite(b: Tensor) -> float:

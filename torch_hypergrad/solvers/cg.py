@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..errors import SolverError
-from .base import Matvec, SolveInfo, Solver, check_finite, check_number, check_positive_int, damped
+from .base import (
+    IndefiniteError,
+    Matvec,
+    SolveInfo,
+    Solver,
+    check_number,
+    check_positive_int,
+    conjugate_gradients,
+    damped,
+)
 
 
 @dataclass(frozen=True)
@@ -40,26 +46,8 @@ class CG(Solver):
         check_number(self.damping, "CG: damping", positive=False)
 
     def solve(self, matvec: Matvec, b: Tensor) -> tuple[Tensor, SolveInfo]:
-        norm = check_finite(b)
-        matvec = damped(matvec, self.damping)
-        x, r, p = torch.zeros_like(b), b, b
-        rr = float(r @ r)
-        steps = 0
-        while steps < self.max_steps and math.sqrt(rr) > self.rtol * norm:
-            ap = matvec(p)
-            steps += 1
-            curvature = float(p @ ap)
-            if not curvature > 0:
-                raise SolverError(self._not_positive(curvature / float(p @ p), steps))
-            x = x + rr / curvature * p
-            r = r - rr / curvature * ap
-            old, rr = rr, float(r @ r)
-            p = r + rr / old * p
-        return x, SolveInfo(steps, math.sqrt(rr) / norm if norm > 0 else 0.0)
-
-    def _not_positive(self, curvature: float, steps: int) -> str:
-        return (
-            f"CG met a direction of curvature {curvature:.3g} in iteration {steps}, and needs positive ones: the training "
-            "Hessian, with decay and damping, is not positive definite. Training is not at a minimum: train longer before "
-            f"the hyper step, or pass CG(damping=...) above {self.damping + max(-curvature, 0):.3g}."
-        )
+        try:
+            x, steps, residual = conjugate_gradients(damped(matvec, self.damping), b, self.max_steps, self.rtol)
+        except IndefiniteError as error:
+            raise error.explain("CG", self.damping) from None
+        return x, SolveInfo(steps, residual, self.damping)

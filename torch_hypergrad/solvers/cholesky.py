@@ -47,4 +47,4 @@ class Cholesky(Solver):
             )
         x = torch.cholesky_solve(b[:, None], factor)[:, 0]
         residual = float((b - matrix @ x).norm()) / norm if norm > 0 else 0.0
-        return x, SolveInfo(len(b), residual)
+        return x, SolveInfo(len(b), residual, self.damping)

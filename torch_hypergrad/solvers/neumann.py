@@ -53,10 +53,11 @@ class Neumann(Solver):
         norm = check_finite(b)
         matvec = damped(matvec, self.damping)
         scale = 1 / largest_eigenvalue(matvec, b) if self.scale is None else self.scale
-        x, term = torch.zeros_like(b), b
+        step = torch.as_tensor(-scale, dtype=b.dtype, device=b.device)
+        x, term = torch.zeros_like(b), b.clone()
         for _ in range(self.num_terms):
-            x = x + term
-            term = term - scale * matvec(term)
+            x.add_(term)
+            term.addcmul_(matvec(term), step)
         residual = float(term.norm()) / norm if norm > 0 else 0.0
         if not math.isfinite(scale := float(scale)):
             raise SolverError(
@@ -66,7 +67,7 @@ class Neumann(Solver):
         if not math.isfinite(residual) or residual > 1.0 + 1e-6:
             raise SolverError(self._divergence(residual, scale))
         num_matvecs = self.num_terms + (NUM_POWER_ITERATIONS if self.scale is None else 0)
-        return scale * x, SolveInfo(num_matvecs, residual)
+        return x.mul_(scale), SolveInfo(num_matvecs, residual, self.damping)
 
     def _divergence(self, residual: float, scale: float) -> str:
         return (

@@ -56,6 +56,12 @@ def preconditioner(second_moment: Tensor, step: int, settings: Settings) -> Tens
     return sqrt(second_moment) / bias_correction2**0.5 + settings["eps"]
 
 
+def adam_preconditioner(state: State, settings: Settings) -> Tensor:
+    """``sqrt(v / (1 - beta2^t)) + eps`` of the step taken last; with AMSGrad, of the largest v so far."""
+    amsgrad = settings.get("amsgrad", False)
+    return preconditioner(state["max_exp_avg_sq" if amsgrad else "exp_avg_sq"], state["step"], settings)
+
+
 def decoupled_stationarity(param: Tensor, grad: Tensor, scale: Tensor | float, settings: Settings) -> Tensor:
     """``F = g + D * weight_decay * param``, with the preconditioner D frozen, which keeps dF/dparam symmetric."""
     return signed(grad, settings) + scale * settings["weight_decay"] * param
@@ -65,9 +71,7 @@ def adam_stationarity(param: Tensor, grad: Tensor, state: State, settings: Setti
     """L2 decay: ``F = g + weight_decay * param``; decoupled decay: with the factor D = sqrt(v) + eps."""
     if not settings.get("decoupled_weight_decay", False):
         return l2_stationarity(param, grad, state, settings)
-    second_moment = state["max_exp_avg_sq"] if settings["amsgrad"] else state["exp_avg_sq"]
-    scale = preconditioner(second_moment, state["step"], settings).detach()
-    return decoupled_stationarity(param, grad, scale, settings)
+    return decoupled_stationarity(param, grad, adam_preconditioner(state, settings).detach(), settings)
 
 
 def pull_adam(
@@ -103,7 +107,14 @@ def pull_adam(
     return Pulled(adj_param, signed(adj_grad, settings), adj_before, adj_settings)
 
 
-@register_update(torch.optim.Adam, TUNABLE, stationarity=adam_stationarity, moves_optimum=("weight_decay",), pull=pull_adam)
+@register_update(
+    torch.optim.Adam,
+    TUNABLE,
+    stationarity=adam_stationarity,
+    moves_optimum=("weight_decay",),
+    preconditioner=adam_preconditioner,
+    pull=pull_adam,
+)
 def adam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
     """Adam (Kingma and Ba 2015) with AMSGrad (Reddi et al. 2018)."""
     param, grad = decay(param, grad, settings)
@@ -129,7 +140,14 @@ def pull_adamw(
     return pull_adam(param, grad, state, {**settings, "decoupled_weight_decay": True}, adj_param, adj_state)
 
 
-@register_update(torch.optim.AdamW, TUNABLE, stationarity=adamw_stationarity, moves_optimum=("weight_decay",), pull=pull_adamw)
+@register_update(
+    torch.optim.AdamW,
+    TUNABLE,
+    stationarity=adamw_stationarity,
+    moves_optimum=("weight_decay",),
+    preconditioner=adam_preconditioner,
+    pull=pull_adamw,
+)
 def adamw(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
     return adam(param, grad, state, {**settings, "decoupled_weight_decay": True})
@@ -160,6 +178,7 @@ def nadam_stationarity(param: Tensor, grad: Tensor, state: State, settings: Sett
     stationarity=nadam_stationarity,
     moves_optimum=("weight_decay",),
     scalars=("mu_product",),
+    preconditioner=adam_preconditioner,
 )
 def nadam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
     """Adam with Nesterov momentum (Dozat 2016)."""
@@ -203,7 +222,13 @@ def radam_stationarity(param: Tensor, grad: Tensor, state: State, settings: Sett
     return decoupled_stationarity(param, grad, 1 / (adaptive * rect), settings)
 
 
-@register_update(torch.optim.RAdam, TUNABLE, stationarity=radam_stationarity, moves_optimum=("weight_decay",))
+@register_update(
+    torch.optim.RAdam,
+    TUNABLE,
+    stationarity=radam_stationarity,
+    moves_optimum=("weight_decay",),
+    preconditioner=adam_preconditioner,
+)
 def radam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
     """Adam with rectified variance (Liu et al. 2020)."""
     param, grad = decay(param, grad, settings)
@@ -214,7 +239,13 @@ def radam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tupl
     return param, {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 
-@register_update(torch.optim.Adamax, TUNABLE, stationarity=l2_stationarity, moves_optimum=("weight_decay",))
+@register_update(
+    torch.optim.Adamax,
+    TUNABLE,
+    stationarity=l2_stationarity,
+    moves_optimum=("weight_decay",),
+    preconditioner=lambda state, settings: state["exp_inf"],
+)
 def adamax(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
     """Adam with the infinity norm (Kingma and Ba 2015, section 7)."""
     beta1, beta2 = settings["betas"]

@@ -33,6 +33,7 @@ from .base import (
     },
     stationarity=l2_stationarity,
     moves_optimum=("weight_decay",),
+    preconditioner=lambda state, settings: sqrt(state["sum"]) + settings["eps"],
 )
 def adagrad(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
     """Adagrad (Duchi, Hazan and Singer 2011)."""
@@ -51,6 +52,7 @@ def adagrad(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tu
     {"lr": POSITIVE, "rho": FRACTION, "eps": POSITIVE, "weight_decay": POSITIVE},
     stationarity=l2_stationarity,
     moves_optimum=("weight_decay",),
+    preconditioner=lambda state, settings: sqrt(state["square_avg"] + settings["eps"]),
 )
 def adadelta(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
     """Adadelta (Zeiler 2012)."""
@@ -65,11 +67,20 @@ def adadelta(param: Tensor, grad: Tensor, state: State, settings: Settings) -> t
     return add_scaled(param, delta, -settings["lr"]), new_state
 
 
+def rmsprop_preconditioner(state: State, settings: Settings) -> Tensor:
+    """``sqrt(v) + eps``, where v of the centered form is the variance."""
+    second_moment = state["square_avg"]
+    if settings["centered"]:
+        second_moment = (second_moment - state["grad_avg"].square()).clamp(min=0)
+    return sqrt(second_moment) + settings["eps"]
+
+
 @register_update(
     torch.optim.RMSprop,
     {"lr": POSITIVE, "alpha": FRACTION, "eps": POSITIVE, "weight_decay": POSITIVE, "momentum": POSITIVE},
     stationarity=l2_stationarity,
     moves_optimum=("weight_decay",),
+    preconditioner=rmsprop_preconditioner,
 )
 def rmsprop(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
     """RMSprop (Hinton 2012), also centered (Graves 2013) and with momentum."""

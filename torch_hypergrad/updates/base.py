@@ -20,6 +20,7 @@ Settings: TypeAlias = Mapping[str, Any]
 
 Update: TypeAlias = Callable[[Tensor, Tensor, State, Settings], tuple[Tensor, State]]
 Stationarity: TypeAlias = Callable[[Tensor, Tensor, State, Settings], Tensor]
+Preconditioner: TypeAlias = Callable[[State, Settings], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,17 @@ class UpdateRule:
         stationarity: ``stationarity(param, grad, state, settings) -> F``, which is zero at the training optimum;
             its Jacobian in ``param`` is symmetric when that of ``grad`` is. None if the optimizer has no such form.
         moves_optimum: the tunable settings that ``stationarity`` depends on.
-        elementwise: whether each entry is updated from the same entry of param, grad and state alone. Such rules
-            run on all parameters of a group as one flat vector; others run on one parameter at a time.
+        elementwise: whether each entry is updated from the same entry of param, grad and state alone, and the
+            stationarity likewise. Such rules run on all parameters of a group as one flat vector; others run on one
+            parameter at a time.
         scalars: names in ``state`` that are one number for each parameter.
         whole: tunable settings that act on a parameter as a whole, and so have no value per element.
         pull: ``pull(param, grad, state, settings, adj_param, adj_state) -> Pulled``, the vector-Jacobian product of
             ``update`` written out: from the adjoints of what ``update`` returns to those of what it reads. It may return
             None for settings that it does not cover. None leaves all to autograd, which takes about three times as many
             passes over memory.
+        preconditioner: ``preconditioner(state, settings) -> D``, the positive diagonal that the rule divides its steps by,
+            such as ``sqrt(v) + eps``, from a state after a step; only its proportions matter. None if it has none.
     """
 
     update: Update
@@ -66,6 +70,7 @@ class UpdateRule:
     scalars: Sequence[str] = ()
     whole: Sequence[str] = ()
     pull: Pull | None = None
+    preconditioner: Preconditioner | None = None
 
 
 _RULES: dict[type[Optimizer], UpdateRule] = {}
@@ -81,6 +86,7 @@ def register_update(
     scalars: Sequence[str] = (),
     whole: Sequence[str] = (),
     pull: Pull | None = None,
+    preconditioner: Preconditioner | None = None,
 ) -> Callable[[Update], Update]:
     """Registers the decorated function as the update rule of ``optimizer_type``.
 
@@ -97,7 +103,15 @@ def register_update(
 
     def register(update: Update) -> Update:
         _RULES[optimizer_type] = UpdateRule(
-            update, dict(tunable), stationarity, tuple(moves_optimum), elementwise, tuple(scalars), tuple(whole), pull
+            update,
+            dict(tunable),
+            stationarity,
+            tuple(moves_optimum),
+            elementwise,
+            tuple(scalars),
+            tuple(whole),
+            pull,
+            preconditioner,
         )
         return update
 

@@ -18,6 +18,7 @@ _PER = {
 _SOLVERS = {
     "neumann": "a Neumann series",
     "cg": "conjugate gradients",
+    "nystrom": "conjugate gradients after a Nystrom approximation",
     "cholesky": "a Cholesky factorization",
     "identity": "the identity for the inverse Hessian (T1-T2)",
 }
@@ -40,7 +41,9 @@ def _how(method: dict[str, Any]) -> str:
         solver = method["solver"] or "neumann"
         terms = f" of {method['num_terms'] or 20} terms" if solver == "neumann" else ""
         damping = f", damping {number(method['damping'])}" if method["damping"] else ""
-        return f"implicit differentiation with {_SOLVERS.get(solver, solver)}{terms}{damping}"
+        curvature = ", on the Gauss-Newton curvature" if method.get("curvature") == "gauss_newton" else ""
+        units = ", in the units of the optimizer's second moments" if method.get("preconditioner") else ""
+        return f"implicit differentiation with {_SOLVERS.get(solver, solver)}{terms}{damping}{curvature}{units}"
     if method["name"] == "unrolled":
         last = f" (the last {method['truncation']:,} steps)" if method["truncation"] else ""
         return f"differentiation through the unrolled training steps{last}"

@@ -18,6 +18,7 @@ MAX_CLIPPED = 0.5  # of the values of a setting, at the last hyper step
 
 _REMEDIES = {
     "neumann": "Raise method.num_terms, or take method.solver: cg.",
+    "nystrom": "Raise method.max_steps, method.rank or method.damping.",
     "cg": "Raise method.max_steps, or method.damping.",
     "cholesky": "Raise method.damping.",
 }
