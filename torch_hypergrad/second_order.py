@@ -69,18 +69,18 @@ class FirstOrder(TracedGradient):
         self._training, self._step, self._state = training, step, state
         if state.grads is None:
             with training.at(state):
-                _, self._raw, _ = training.revisit(step, create_graph=False)
+                _, self.raw, _ = training.revisit(step, create_graph=False)
         else:
-            self._raw = list(state.grads)
-        self.grads = training.transform(self._raw)
+            self.raw = list(state.grads)
+        self.grads = training.transform(self.raw)
 
     def pull(self, adj_grads: Tensors, *, again: bool = False) -> tuple[list[Tensor | None], list[Tensor | None]]:
         direction, direct = self._through_transform(adj_grads)
-        products, mixed = self._products(direction)
+        products, mixed = self.products(direction)
         return products, [m if d is None else d if m is None else m + d for m, d in zip(mixed, direct)]
 
     @abstractmethod
-    def _products(self, direction: Tensors) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def products(self, direction: Tensors) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Derivative of the gradient, in parameters and tuned tensors, along ``direction`` in the parameters: as the
         second derivative is symmetric, it is the product with the transpose."""
 
@@ -90,16 +90,21 @@ class FirstOrder(TracedGradient):
         tensors = training.hyperparameters.loss_tensors
         if training.grad_transform is None:
             return list(adj_grads), [None] * len(tensors)
-        raw = [None if g is None else autodiff.leaf(g) for g in self._raw]
+        raw = [None if g is None else autodiff.leaf(g) for g in self.raw]
         return _pulled(training, training.transform(raw), adj_grads, inputs=raw)
 
 
 class Forward(FirstOrder):
     """Forward over reverse: the gradient computed with dual numbers. Exact, and keeps no graph of a gradient."""
 
-    def _products(self, direction: Tensors) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def products(self, direction: Tensors) -> tuple[list[Tensor | None], list[Tensor | None]]:
         training = self._training
-        with training.at(self._state), forward_ad.dual_level(), autodiff.explain_missing_forward_derivative():
+        with (
+            training.at(self._state),
+            training.kernels(twice_differentiable=True),
+            forward_ad.dual_level(),
+            autodiff.explain_missing_forward_derivative(),
+        ):
             with torch.no_grad():
                 for p, v in zip(training.params, direction):
                     if v is not None:
@@ -148,7 +153,7 @@ class FiniteDifference(FirstOrder):
     def error(self) -> Tensor | None:
         return self._step_size.error
 
-    def _products(self, direction: Tensors) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    def products(self, direction: Tensors) -> tuple[list[Tensor | None], list[Tensor | None]]:
         length = norm(direction)
         scale = (1 + norm(self._state.params)) / torch.where(length > 0, length, 1)
         unit = max(torch.finfo(param.dtype).eps for param in self._state.params)
@@ -176,6 +181,34 @@ def way(second_order: SecondOrder) -> Way:
     return {"reverse": Reverse, "forward": Forward}[second_order]
 
 
+class MeanGradient:
+    """The mean training gradient of some steps at one state, before any transformation, and products with its derivative
+    from first-order gradients."""
+
+    def __init__(self, training: Training, steps: Sequence[Step], state: State, second_order: SecondOrder) -> None:
+        trace = way(second_order)
+        traced = [trace(training, step, state) for step in steps]
+        self._traced = [t for t in traced if isinstance(t, FirstOrder)]
+        self._has_tensors = bool(training.hyperparameters.loss_tensors)
+
+    def mean(self) -> list[Tensor | None]:
+        """The gradient for each parameter."""
+        return _means([t.raw for t in self._traced])
+
+    def hessian_product(self, direction: Tensors) -> list[Tensor | None]:
+        """``(dg/dtheta)^T v`` for each parameter."""
+        return _means([t.products(direction)[0] for t in self._traced])
+
+    def mixed_product(self, direction: Tensors) -> list[Tensor | None]:
+        """``(dg/dlambda)^T v`` for each tuned tensor of the training loss."""
+        return _means([t.products(direction)[1] for t in self._traced]) if self._has_tensors else []
+
+    @property
+    def error(self) -> Tensor | None:
+        """Estimated relative error of the products; None if they are exact."""
+        return self._traced[0].error
+
+
 def check_second_order(value: object, owner: str) -> None:
     """Refuses anything but the name of a way.
 
@@ -199,6 +232,11 @@ def _pulled(
     )
     pulled = iter(found[: len(active)])
     return [None if t is None else next(pulled) for t in every], found[len(active) :]
+
+
+def _means(every: Sequence[Tensors]) -> list[Tensor | None]:
+    present = [[t for t in of_one if t is not None] for of_one in zip(*every)]
+    return [torch.stack(tensors).sum(0).div_(len(every)) if tensors else None for tensors in present]
 
 
 def _disagreement(a: Tensors, b: Tensors) -> Tensor:

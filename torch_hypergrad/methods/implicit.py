@@ -12,6 +12,7 @@ from torch import Tensor
 from ..curvature import BatchGraph, GradientGraph, captured_outputs
 from ..hyperparameter_set import HyperparameterSet
 from ..records import State, Step
+from ..second_order import MeanGradient, SecondOrder, check_second_order
 from ..solvers import SolveInfo, Solver
 from ..solvers.base import Matvec, check_positive_int
 from ..stationarity import Stationarity
@@ -43,12 +44,13 @@ class Implicit(Method):
             :math:`D^{-1/2} A D^{-1/2} y = D^{-1/2} b` and :math:`q = D^{-1/2} y`, with :math:`D = \sqrt{\hat v} + \epsilon`
             of Adam and its family. The solver's damping is then added in these units, :math:`A + damping\, D`; the
             residual is that of the system :math:`(A + damping\, D)\, q = b` itself, at the price of one more product.
+        second_order: how the products with second derivatives are computed; see :class:`Unrolled`.
 
     Only what moves the optimum can be tuned: weight decay and the like, and tensors in the training loss. ``lr``,
     ``betas`` or ``momentum`` are refused.
 
     Raises:
-        TypeError, ValueError: for a solver that is none, ``num_batches`` below 1, or another curvature or preconditioner;
+        TypeError, ValueError: for a solver that is none, ``num_batches`` below 1, another curvature, preconditioner or second_order;
             and for an optimizer without second moments, when the HyperOptimizer is made.
 
     Source: Bengio 2000; Pedregosa 2016; Lorraine, Vicol and Duvenaud 2020.
@@ -58,6 +60,7 @@ class Implicit(Method):
     num_batches: int = 1
     curvature: Literal["hessian", "gauss_newton"] = "hessian"
     preconditioner: Literal["second_moments"] | None = None
+    second_order: SecondOrder = "reverse"
 
     replays: ClassVar[bool] = False
 
@@ -67,12 +70,18 @@ class Implicit(Method):
         check_positive_int(self.num_batches, "Implicit: num_batches")
         if self.curvature not in ("hessian", "gauss_newton"):
             raise ValueError(f"Implicit: curvature must be 'hessian' or 'gauss_newton', got {self.curvature!r}.")
+        check_second_order(self.second_order, "Implicit")
+        if self.curvature == "gauss_newton" and self.second_order != "reverse":
+            raise ValueError(
+                "Implicit: curvature='gauss_newton' is computed through the graph of the model's outputs, so it goes with "
+                f"second_order='reverse', got {self.second_order!r}."
+            )
         if self.preconditioner not in (None, "second_moments"):
             raise ValueError(f"Implicit: preconditioner must be 'second_moments' or None, got {self.preconditioner!r}.")
 
     @property
     def needs_second_derivatives(self) -> bool:
-        return True
+        return self.second_order != "finite_difference"
 
     def check(self, hyperparameters: HyperparameterSet, rule: UpdateRule, optimizer_name: str) -> None:
         """Refuses settings that do not move the optimum, and a preconditioner that the optimizer does not have."""
@@ -136,9 +145,13 @@ class ImplicitRecording(Recording):
     def hypergradient(self, validation: Validation) -> tuple[list[Tensor], Statistics]:
         hyperparameters = self._training.hyperparameters
         state = self._training.capture()
-        graph = self._gradient_graph()
+        if self._method.second_order == "reverse":
+            graph: GradientGraph | MeanGradient = self._gradient_graph()
+        else:
+            graph = MeanGradient(self._training, self._steps, state, self._method.second_order)
         stationarity = Stationarity(self._training, self._steps[-1], state, graph.mean())
-        pull = graph.gauss_newton() if self._method.curvature == "gauss_newton" else graph.hessian_product
+        gauss_newton = isinstance(graph, GradientGraph) and self._method.curvature == "gauss_newton"
+        pull = graph.gauss_newton() if gauss_newton else graph.hessian_product  # type: ignore[union-attr]
         b = stationarity.joined(validation.grads)
         q, info = self._solve(lambda v: stationarity.product(v, pull), b, stationarity)
         totals = hyperparameters.zero_adjoints()
@@ -147,7 +160,9 @@ class ImplicitRecording(Recording):
             if part is not None:
                 total += part
         gradients = [-g for g in hyperparameters.reduce(totals)]
-        return add_direct(hyperparameters, gradients, validation), Statistics(info.num_matvecs, info.residual)
+        error = graph.error if isinstance(graph, MeanGradient) else None
+        statistics = Statistics(info.num_matvecs, info.residual, None if error is None else float(error))
+        return add_direct(hyperparameters, gradients, validation), statistics
 
     def _gradient_graph(self) -> GradientGraph:
         """The gradient at the current weights on the recorded batches, with graph."""
