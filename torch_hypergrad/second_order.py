@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeAlias, get_args
@@ -103,6 +105,7 @@ class Forward(FirstOrder):
             training.at(self._state),
             training.kernels(twice_differentiable=True),
             forward_ad.dual_level(),
+            _without_notice_of_jit(),
             autodiff.explain_missing_forward_derivative(),
         ):
             with torch.no_grad():
@@ -232,6 +235,14 @@ def _pulled(
     )
     pulled = iter(found[: len(active)])
     return [None if t is None else next(pulled) for t in every], found[len(active) :]
+
+
+@contextmanager
+def _without_notice_of_jit() -> Iterator[None]:
+    """PyTorch's own formulas for dual numbers are compiled by torch.jit at their first use, which it deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.*", category=Warning)
+        yield
 
 
 def _means(every: Sequence[Tensors]) -> list[Tensor | None]:

@@ -50,8 +50,8 @@ class Implicit(Method):
     ``betas`` or ``momentum`` are refused.
 
     Raises:
-        TypeError, ValueError: for a solver that is none, ``num_batches`` below 1, another curvature, preconditioner or second_order;
-            and for an optimizer without second moments, when the HyperOptimizer is made.
+        TypeError, ValueError: for a solver that is none, ``num_batches`` below 1, another curvature, preconditioner or
+            second_order; and for an optimizer without second moments, when the HyperOptimizer is made.
 
     Source: Bengio 2000; Pedregosa 2016; Lorraine, Vicol and Duvenaud 2020.
     """
