@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -72,7 +74,7 @@ class FirstOrder(TracedGradient):
                 _, self._raw, _ = training.revisit(step, create_graph=False)
         else:
             self._raw = list(state.grads)
-        self.grads = training.transform(self._raw)
+        self.grads = training.transform(self._raw, keep=True)
 
     def pull(self, adj_grads: Tensors, *, again: bool = False) -> tuple[list[Tensor | None], list[Tensor | None]]:
         direction, direct = self._through_transform(adj_grads)
@@ -91,7 +93,7 @@ class FirstOrder(TracedGradient):
         if training.grad_transform is None:
             return list(adj_grads), [None] * len(tensors)
         raw = [None if g is None else autodiff.leaf(g) for g in self._raw]
-        return _pulled(training, training.transform(raw), adj_grads, inputs=raw)
+        return _pulled(training, training.transform(raw, keep=True), adj_grads, inputs=raw)
 
 
 class Forward(FirstOrder):
@@ -99,6 +101,7 @@ class Forward(FirstOrder):
 
     def _products(self, direction: Tensors) -> tuple[list[Tensor | None], list[Tensor | None]]:
         training = self._training
+        _load_dual_formulas()
         with training.at(self._state), forward_ad.dual_level(), autodiff.explain_missing_forward_derivative():
             with torch.no_grad():
                 for p, v in zip(training.params, direction):
@@ -128,7 +131,8 @@ class FiniteDifference(FirstOrder):
         distance = self._distance(direction)
         near, far = (self._difference(direction, factor * distance)[0] for factor in (1, 2))
         pairs = [(a, b) for a, b in zip(near, far) if a is not None and b is not None]
-        return norm([a - b for a, b in pairs]) / norm([a for a, _ in pairs])
+        length = norm([a for a, _ in pairs])
+        return norm([a - b for a, b in pairs]) / torch.where(length > 0, length, 1)
 
     def _distance(self, direction: Tensors) -> Tensor:
         unit = max(torch.finfo(param.dtype).eps for param in self._state.params)
@@ -182,6 +186,15 @@ def _pulled(
     )
     pulled = iter(found[: len(active)])
     return [None if t is None else next(pulled) for t in every], found[len(active) :]
+
+
+@cache
+def _load_dual_formulas() -> None:
+    """torch loads some formulas at the first dual number, and warns there of a deprecated function that it calls itself."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 def _tangents(duals: Tensors) -> list[Tensor | None]:
