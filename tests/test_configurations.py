@@ -17,7 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runs import CONFIGS, CONFIGURATIONS, run_command
+from torch_hypergrad import Unrolled
 from torch_hypergrad.cli import main
+from torch_hypergrad.experiment.build import make_method
 from torch_hypergrad.experiment.checks import check
 from torch_hypergrad.experiment.config import Config, ConfigError
 from torch_hypergrad.experiment.parsing import read_config
@@ -26,6 +28,9 @@ SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 
 
 NO_SOLVER = ["--method.solver=null", "--method.num_terms=null", "--method.damping=null", "--method.num_batches=null"]
+
+
+UNROLLED_START = "tune: {weight_decay: {}}\ntrain: {steps: 20, hyper_every: 10}"
 
 
 def refused(*arguments: object) -> str:
@@ -138,6 +143,10 @@ def test_help_shows_every_key_with_type_default_and_meaning(command: str, capsys
         (["--method.curvature=gauss"], "method.curvature: expected"),
         (["--method.preconditioner=second_moments"], "SGD keeps no second moments"),
         (["--method.truncation=3"], "method.truncation=3 does not go with"),
+        (["--method.max_graphs=3"], "method.max_graphs=3 does not go with method.name=implicit"),
+        (["--method.max_graphs=0"], "method.max_graphs must be at least 1, got 0"),
+        (["--method.max_graphs=some"], "method.max_graphs: expected int or null"),
+        (["--method.second_order=reversed"], "expected one of reverse, forward, finite_difference; got reversed."),
         (["--method.name=none"], "method.name=none trains without tuning"),
         (["--tune={}"], "needs something to tune"),
         (["--tune={lr: {}}"], "'lr' cannot be tuned with Implicit"),
@@ -172,6 +181,41 @@ def test_help_shows_every_key_with_type_default_and_meaning(command: str, capsys
 def test_a_bad_argument_is_refused(arguments: list[str], message: str, digits: Path, tmp_path: Path) -> None:
     assert message in refused("train", "--config", digits, "--output.folder", tmp_path / "run", *arguments)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("{name: unrolled, max_graphs: 3, offload: cpu}", "method.max_graphs=3 does not go with method.offload=cpu"),
+        (
+            "{name: unrolled, max_graphs: 3, second_order: forward}",
+            "method.max_graphs=3 does not go with method.second_order=forward",
+        ),
+        ("{name: forward, max_graphs: 3}", "method.max_graphs=3 does not go with method.name=forward"),
+    ],
+)
+def test_ways_that_do_not_go_together_are_refused(method: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(f"{UNROLLED_START}\nmethod: {method}\n")
+    assert message in refused("train", "--config", file, "--output.folder", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("{name: unrolled}", Unrolled(truncation=10)),
+        ("{name: unrolled, max_graphs: 3}", Unrolled(truncation=10, max_graphs=3)),
+        ("{name: unrolled, max_graphs: 3, second_order: reverse}", Unrolled(truncation=10, max_graphs=3)),
+        (
+            "{name: unrolled, second_order: finite_difference, max_snapshots: 4}",
+            Unrolled(truncation=10, max_snapshots=4, second_order="finite_difference"),
+        ),
+    ],
+)
+def test_the_method_of_a_configuration(method: str, expected: Unrolled, tmp_path: Path) -> None:
+    file = tmp_path / "good.yaml"
+    file.write_text(f"{UNROLLED_START}\nmethod: {method}\n")
+    assert make_method(read_config(file)) == expected
 
 
 @pytest.mark.parametrize(

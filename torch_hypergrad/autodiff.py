@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .errors import NotTwiceDifferentiableError
 
@@ -99,21 +100,42 @@ def differentiable_kernels(*, recurrent: bool) -> Iterator[None]:
             enable(was)
 
 
-def refuse_once_differentiable(grads: Sequence[Tensor]) -> None:
-    """Looks for functions marked ``once_differentiable`` in the graph of gradients.
+def refuse_wrong_second_derivatives(grads: Sequence[Tensor]) -> None:
+    """Looks for functions without a right second derivative in the graph of gradients.
 
-    autograd would leave them out in silence: the node that raises is not on the way to the parameters.
+    autograd would leave those marked ``once_differentiable`` out in silence: the node that raises is not on the way to the
+    parameters. And torch's fused weight norm has a second derivative that fails ``torch.autograd.gradgradcheck``.
     """
-    seen: set[object] = set()
-    waiting = [g.grad_fn for g in grads]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in _nodes(grads):
         if node.name() == "torch::autograd::Error":
             raise NotTwiceDifferentiableError(_explanation("a function is marked once_differentiable."))
-        waiting += [following for following, _ in node.next_functions]
+        if node.name().startswith("WeightNormInterfaceBackward"):
+            raise NotTwiceDifferentiableError(
+                "The training loss contains torch's weight norm, whose second derivative is wrong in PyTorch. Use "
+                "Unrolled(second_order='finite_difference'), or a parametrization of your own that returns "
+                "g * v / v.norm(dim=1, keepdim=True)."
+            )
+
+
+def refuse_reentrant_checkpoints(loss: Tensor) -> None:
+    """Looks for what hides parameters from ``torch.autograd.grad``: they would not be trained."""
+    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes([loss])):
+        raise ValueError(
+            "The training loss calls torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside from "
+            "torch.autograd.grad: they would get no gradient. Pass use_reentrant=False."
+        )
+
+
+def _nodes(tensors: Sequence[Tensor]) -> Iterator[Node]:
+    """All nodes of the graphs behind tensors."""
+    seen: set[Node] = set()
+    waiting = [tensor.grad_fn for tensor in tensors]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            waiting += [following for following, _ in node.next_functions]
 
 
 _NO_SECOND_DERIVATIVE = (
@@ -144,8 +166,9 @@ def explain_missing_forward_derivative() -> Iterator[None]:
     except (RuntimeError, NotImplementedError) as error:
         if "forward" not in str(error) and "jvp" not in str(error):
             raise
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise NotTwiceDifferentiableError(
-            f"A part of the training loss cannot be computed with dual numbers. PyTorch said: {str(error).strip()} Use "
+            f"A part of the training loss cannot be computed with dual numbers. PyTorch said: {reason}. Use "
             "second_order='reverse', or 'finite_difference', which needs first derivatives alone."
         ) from error
 
@@ -153,6 +176,6 @@ def explain_missing_forward_derivative() -> Iterator[None]:
 def _explanation(reason: str) -> str:
     return (
         f"A part of the training loss cannot be differentiated twice: {reason} Hypergradients need the derivative of the "
-        "gradient. Compiled modules and custom functions often have none: pass the module before torch.compile, or write the "
-        "custom backward in differentiable operations."
+        "gradient. Compiled modules and custom functions often have none: pass the module before torch.compile, write the "
+        "custom backward in differentiable operations, or take Unrolled(second_order='finite_difference')."
     )

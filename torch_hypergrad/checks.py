@@ -39,7 +39,8 @@ def check_not_compiled(modules: Sequence[nn.Module]) -> None:
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(
                 f"The module {name or type(module).__name__!r} is compiled, and torch.compile gives no second derivative, "
-                "which every hypergradient needs. Pass the module from before torch.compile."
+                "which this method needs. Pass the module from before torch.compile, or take "
+                "Unrolled(second_order='finite_difference')."
             )
 
 

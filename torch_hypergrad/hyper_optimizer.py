@@ -145,7 +145,8 @@ class HyperOptimizer:
             The training loss before the step, without graph.
 
         Raises:
-            TypeError, ValueError: if ``train_loss`` does not return a scalar tensor with a graph, or a schedule has ended.
+            TypeError, ValueError: if ``train_loss`` does not return a scalar tensor with a graph or writes to parameters, or
+                a schedule has ended.
             TrajectoryError: if somebody else has written to the parameters, the optimizer's state or the
                 hyperparameters since the recording began.
         """

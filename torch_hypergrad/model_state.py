@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from .buckets import Bucket
 from .records import Surroundings
-from .vectors import laid_out_as, same_bits
+from .vectors import aligned, has_views, laid_out_as, same_bits
 
 
 class ModelState:
@@ -54,20 +55,29 @@ class ModelState:
             for i, piece in bucket.scatter(param)
         )
 
-    def point_to(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Makes ``values`` the parameters' own memory, and gives what that was for :meth:`point_back`.
+    def point_to(self, values: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        """Makes ``values`` the parameters' own memory, and gives what :meth:`point_back` needs.
 
-        The parameters stay the same objects, with the same version counters.
+        The parameters stay the same objects, with the same version counters. Where somebody else holds a view of a
+        parameter's memory, which has to show the same values, these are copied there instead.
         """
-        before = [p.data for p in self.params]
-        for p, value, old in zip(self.params, values, before):
-            p.data = laid_out_as(value, old)
+        viewed = [has_views(p) for p in self.params]
+        # All memory is taken before anything is changed, so that nothing has changed if there is not enough.
+        placed = [value if kept else laid_out_as(aligned(value), p) for p, value, kept in zip(self.params, values, viewed)]
+        before = [(p.data, p.detach().clone() if kept else None) for p, kept in zip(self.params, viewed)]
+        for p, value, (own, content) in zip(self.params, placed, before):
+            if content is None:
+                p.data = value
+            else:
+                own.copy_(value)
         return before
 
-    def point_back(self, before: Sequence[Tensor]) -> None:
-        """Gives the parameters their own memory again."""
-        for p, data in zip(self.params, before):
-            p.data = data
+    def point_back(self, before: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """Gives the parameters their own memory again, as it was."""
+        for p, (own, content) in zip(self.params, before):
+            if content is not None:
+                own.copy_(content)
+            p.data = own
 
     def mark_written(self) -> None:
         """Takes the parameters as they are now for what :meth:`changed` compares with."""
@@ -99,6 +109,41 @@ class ModelState:
             else:
                 with torch.no_grad():
                     buffer.copy_(saved)
+
+    @contextmanager
+    def copied_buffers(self) -> Iterator[None]:
+        """Inside, the modules have copies of their buffers, which graphs made here keep for themselves. At the end the
+        buffers are the same tensors as before, with the values that the copies have by then."""
+        places = [(module, name, module._buffers[name]) for module, name in self._buffers]
+        copies = {id(buffer): buffer.detach().clone() for _, _, buffer in places if buffer is not None}
+        for module, name, buffer in places:
+            if buffer is not None:
+                module._buffers[name] = copies[id(buffer)]
+        try:
+            yield
+        finally:
+            for module, name, buffer in places:
+                if buffer is not None and module._buffers[name] is copies[id(buffer)]:
+                    buffer.data.copy_(copies[id(buffer)])
+                    module._buffers[name] = buffer
+
+    @contextmanager
+    def unwritten(self) -> Iterator[None]:
+        """Refuses what writes to the parameters inside.
+
+        Raises:
+            ValueError: with the name of the first.
+        """
+        before = [(p._version, p.data) for p in self.params]
+        yield
+        for name, p, (version, data) in zip(self.names, self.params, before):
+            if p._version != version or (p.data_ptr() != data.data_ptr() and not torch.equal(p.detach(), data)):
+                raise ValueError(
+                    f"train_loss wrote to the parameter {name!r}. A training step is the update rule on the weights before "
+                    "the loss, so such a write would be lost. Likely causes: an embedding with max_norm, weights clipped or "
+                    "normalized in place. Compute the changed weight inside the loss (torch.nn.utils.parametrize), or write "
+                    "after a hyper step; with method=Implicit after any step."
+                )
 
     def surroundings(self) -> Surroundings:
         """Random number generators and modes as they are now; equal ones share memory."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -74,7 +73,7 @@ class FirstOrder(TracedGradient):
                 _, self.raw, _ = training.revisit(step, create_graph=False)
         else:
             self.raw = list(state.grads)
-        self.grads = training.transform(self.raw)
+        self.grads = training.transform(self.raw, keep=True)
 
     def pull(self, adj_grads: Tensors, *, again: bool = False) -> tuple[list[Tensor | None], list[Tensor | None]]:
         direction, direct = self._through_transform(adj_grads)
@@ -93,7 +92,7 @@ class FirstOrder(TracedGradient):
         if training.grad_transform is None:
             return list(adj_grads), [None] * len(tensors)
         raw = [None if g is None else autodiff.leaf(g) for g in self.raw]
-        return _pulled(training, training.transform(raw), adj_grads, inputs=raw)
+        return _pulled(training, training.transform(raw, keep=True), adj_grads, inputs=raw)
 
 
 class Forward(FirstOrder):
@@ -101,11 +100,11 @@ class Forward(FirstOrder):
 
     def products(self, direction: Tensors) -> tuple[list[Tensor | None], list[Tensor | None]]:
         training = self._training
+        _load_dual_formulas()
         with (
             training.at(self._state),
             training.kernels(twice_differentiable=True),
             forward_ad.dual_level(),
-            _without_notice_of_jit(),
             autodiff.explain_missing_forward_derivative(),
         ):
             with torch.no_grad():
@@ -237,12 +236,13 @@ def _pulled(
     return [None if t is None else next(pulled) for t in every], found[len(active) :]
 
 
-@contextmanager
-def _without_notice_of_jit() -> Iterator[None]:
-    """PyTorch's own formulas for dual numbers are compiled by torch.jit at their first use, which it deprecates."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.*", category=Warning)
-        yield
+@cache
+def _load_dual_formulas() -> None:
+    """torch loads some formulas at the first dual number, and warns there of a deprecated function that it calls itself."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 def _means(every: Sequence[Tensors]) -> list[Tensor | None]:
@@ -252,7 +252,8 @@ def _means(every: Sequence[Tensors]) -> list[Tensor | None]:
 
 def _disagreement(a: Tensors, b: Tensors) -> Tensor:
     pairs = [(x, y) for x, y in zip(a, b) if x is not None and y is not None]
-    return norm([x - y for x, y in pairs]) / norm([y for _, y in pairs]).clamp(min=torch.finfo(torch.float32).tiny)
+    length = norm([y for _, y in pairs])
+    return norm([x - y for x, y in pairs]) / torch.where(length > 0, length, 1)
 
 
 def _tangents(duals: Tensors) -> list[Tensor | None]:

@@ -58,7 +58,7 @@ class Training:
         self._twice_differentiable = twice_differentiable
         self._settings: tuple[dict[str, Any], ...] = ()
         self._written: State | None = None
-        self._inspected = False
+        self._inspected = self._looked_at_loss = False
 
     # ---- the model and the wrapped optimizer, as they stand -------------------------------------------------------
 
@@ -78,8 +78,8 @@ class Training:
     def at(self, state: State, moved_by: tuple[Sequence[Tensor | None], Tensor] | None = None) -> Iterator[None]:
         """Inside, the parameters are ``state``'s own memory, and the buffers have its values.
 
-        Nothing is copied, and graphs made here stay valid when training goes on: they are gone back through inside
-        another such block. Parameters must not be written to.
+        Next to nothing is copied, and graphs made here stay valid when training goes on: they are gone back through
+        inside another such block. Parameters must not be written to.
 
         Args:
             moved_by: a direction, one tensor for each parameter (None: zeros), and how far to go along it.
@@ -169,8 +169,12 @@ class Training:
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """The training loss at the model's current weights, and its gradient for each parameter and each of ``also``."""
         with torch.enable_grad(), self.kernels(twice_differentiable=create_graph or self._twice_differentiable):
-            loss = self.train_loss(self.model, batch)
+            with self.model_state.unwritten():
+                loss = self.train_loss(self.model, batch)
             check_loss(loss, "train_loss")
+            if not self._looked_at_loss:
+                autodiff.refuse_reentrant_checkpoints(loss)
+                self._looked_at_loss = True
             trainable = [i for i, p in enumerate(self.params) if p.requires_grad]
             # A seed that requires a gradient makes functions marked once_differentiable show in the graph, which they do
             # not when the gradient that reaches them is a constant.
@@ -180,7 +184,7 @@ class Training:
             )
             active = [(i, g) for i, g in zip(trainable, found) if g is not None]
             if create_graph and not self._inspected:
-                autodiff.refuse_once_differentiable([g for _, g in active])
+                autodiff.refuse_wrong_second_derivatives([g for _, g in active])
                 self._inspected = True
         grads: list[Tensor | None] = [None] * len(self.params)
         for i, g in active:
@@ -192,12 +196,17 @@ class Training:
             grads[i] = g
         return loss, grads, found[len(trainable) :]
 
-    def transform(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients as the update rule gets them."""
+    def transform(self, grads: Sequence[Tensor | None], *, keep: bool = False) -> list[Tensor | None]:
+        """The gradients as the update rule gets them.
+
+        Args:
+            keep: ``grads`` are needed as they are, so that a transformation in place gets copies.
+        """
         if self.grad_transform is None:
             return list(grads)
         with torch.enable_grad():
-            transformed = iter(self._transformed(self.grad_transform, [g for g in grads if g is not None]))
+            given = [g.clone() if keep else g for g in grads if g is not None]
+            transformed = iter(self._transformed(self.grad_transform, given))
         return [None if g is None else next(transformed) for g in grads]
 
     def kernels(self, *, twice_differentiable: bool) -> AbstractContextManager[None]:
@@ -229,20 +238,32 @@ class Training:
         self, step: Step, *, create_graph: bool, also: Sequence[Tensor] = ()
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """:meth:`gradients` on a recorded step's batch, in its surroundings, at the model's current weights."""
+        self.check_batch(step)
+        self.model_state.set_surroundings(step.surroundings)
+        return self.gradients(step.batch, create_graph=create_graph, also=also)
+
+    def check_batch(self, step: Step) -> None:
+        """Refuses a step whose batch is not what it was.
+
+        Raises:
+            TrajectoryError: if so.
+        """
         if versions_of(step.batch) != step.versions:
             raise TrajectoryError(
                 f"A tensor in the batch of training step {step.number + 1} was changed in place after the step. The step "
                 "is replayed on the recorded batch, which is kept by reference: pass a fresh tensor to each step, or a "
                 "clone of a buffer that is used again."
             )
-        self.model_state.set_surroundings(step.surroundings)
-        return self.gradients(step.batch, create_graph=create_graph, also=also)
 
-    def take(self, step: Step, state: State) -> tuple[Step, State, list[Tensor | None]]:
-        """Takes ``step`` from the current state: the step with what came out of it, the state after it, the gradients."""
+    def take(
+        self, step: Step, state: State, *, keep_grads: bool = False
+    ) -> tuple[Step, State, tuple[Tensor | None, ...] | None]:
+        """Takes ``step`` from the current state: the step with what came out of it, the state after it, and the gradients
+        before any transformation if they are to be kept."""
         loss, grads, _ = self.gradients(step.batch)
         step = self.finish(step, loss, grads)
-        return step, self.advance(state, self.transform(grads), step), grads
+        after = self.advance(state, self.transform(grads, keep=keep_grads), step)
+        return step, after, tuple(grads) if keep_grads else None
 
     def replay(self, step: Step, state: State) -> State:
         """The state after a recorded step, computed again from the one before."""

@@ -57,6 +57,18 @@ def laid_out_as(piece: Tensor, param: Tensor) -> Tensor:
     return piece if piece.stride() == param.stride() else torch.empty_like(param).copy_(piece)
 
 
+def aligned(piece: Tensor) -> Tensor:
+    """``piece`` at an address that a GPU's kernels may have been compiled for: that of a tensor of its own, not of a part
+    of a vector."""
+    return piece if piece.device.type == "cpu" or piece.data_ptr() % 16 == 0 else piece.clone()
+
+
+def has_views(tensor: Tensor) -> bool:
+    """Whether another tensor shares memory with ``tensor``."""
+    storage = tensor.untyped_storage()  # itself one of the users that are counted
+    return torch._C._storage_Use_Count(storage._cdata) > 2
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape, dtype and device are equal bit by bit, NaN included. Waits for the device.
 

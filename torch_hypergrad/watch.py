@@ -71,6 +71,6 @@ def tampering(what: str, number: int) -> str:
     return (
         f"Somebody else wrote to {what} before training step {number + 1}, in the middle of a recorded window. The recorded "
         "steps no longer lead to the current weights, so they cannot be differentiated. Do it after a hyper step or "
-        "restart(), which end the window, or as a part of the training loss or grad_transform; with method=Implicit weights "
+        "restart(), which end the window, or compute it in the training loss or grad_transform; with method=Implicit weights "
         "may be changed at any time."
     )

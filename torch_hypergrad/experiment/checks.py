@@ -20,7 +20,7 @@ AT_LEAST_ONE = {
     "output": ("log_every", "eval_every", "eval_size", "checkpoint_every", "keep_checkpoints"),
     "compare": ("grid_size",),
     "data": ("image_size", "train_size", "val_size", "test_size"),
-    "method": ("num_terms", "rank", "num_batches", "truncation", "max_snapshots"),
+    "method": ("num_terms", "rank", "num_batches", "truncation", "max_snapshots", "max_graphs"),
 }
 
 
@@ -112,6 +112,13 @@ def _method(config: Config) -> Iterator[str]:
             chosen += f" with method.solver={method.solver or 'neumann'}"
         able = ", ".join(sorted(taken["method"] | taken["solver"])) or "no key"
         yield f"method.{key}={value} does not go with {chosen}, which takes: {able}."
+    if method.max_graphs is not None:
+        other = "offload" if method.offload is not None else "second_order"
+        if method.offload is not None or method.second_order not in (None, "reverse"):
+            yield (
+                f"method.max_graphs={method.max_graphs} does not go with method.{other}={getattr(method, other)}: it keeps "
+                "graphs of double backward in the device's memory. Set one of them to null."
+            )
 
 
 def _tune(config: Config) -> Iterator[str]:

@@ -125,6 +125,10 @@ class MethodConfig:
         truncation: of unrolled: only the last so many steps count. null takes train.hyper_every, or the whole episode
         max_snapshots: of unrolled: keep at most so many states and recompute the others. null keeps all
         offload: of unrolled: keep states in the memory of the CPU
+        max_graphs: of unrolled: keep the graphs of the last so many steps, which saves the time of replaying them and takes
+            their memory; not with offload. null replays all
+        second_order: of unrolled: how products with second derivatives are computed: reverse (double backward) or forward
+            (dual numbers), both exact, or finite_difference (two gradients). null takes reverse
     """
 
     name: Literal["implicit", "unrolled", "forward", "none"] = "implicit"
@@ -141,6 +145,8 @@ class MethodConfig:
     truncation: int | None = None
     max_snapshots: int | None = None
     offload: Literal["cpu"] | None = None
+    max_graphs: int | None = None
+    second_order: Literal["reverse", "forward", "finite_difference"] | None = None
 
 
 @dataclass(frozen=True)

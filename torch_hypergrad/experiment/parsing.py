@@ -114,6 +114,7 @@ REWORDED: tuple[tuple[str, Any], ...] = (
         lambda found: f"expected {found[1].replace(', null', ' or null')}. Type",
     ),
     (r"Type: \w+ Given value: (.*)$", r"Got \1."),
+    (r"expected typing\.Literal\[([^\]]*)\] or null\. Got (.*)\.$", _choices),
     (r"Expected an? typing\.Literal\[([^\]]*)\]\. Got value: (.*)$", _choices),
     (r"Expected an? typing\.Literal\[([^\]]*)\]", r"\1"),
     (r'"<unicode string>"', "the text"),

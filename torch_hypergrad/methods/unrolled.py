@@ -39,11 +39,13 @@ class Unrolled(Method):
             truncation.
         offload: ``"cpu"`` keeps states and batches in CPU memory. It never changes the answer.
         max_graphs: keep the graphs of the last so many steps instead of replaying them, which is the fastest way for short
-            windows, and takes the memory of as many graphs. It never changes the answer.
+            windows, and takes the memory of as many graphs; those of steps that a truncation leaves out are not kept. It
+            never changes the answer.
         second_order: how the products with second derivatives are computed: ``"reverse"`` by double backward;
             ``"forward"`` by forward over reverse, which keeps no graph of a gradient; ``"finite_difference"`` by central
             differences of gradients, which need first derivatives alone, and so work with compiled modules, fused
-            attention and own kernels. The first two are exact; the report estimates the error of the third.
+            attention and own kernels. The first two are exact; the report estimates the error of the third. Parts of
+            the loss without a graph are constants with ``"reverse"`` alone (see ``docs/notation.md``).
 
     Memory: ``(1 + number of state vectors) x parameters x snapshots``, and one step's graph; one vector more for each
     snapshot, its gradient, where ``second_order`` is not ``"reverse"`` and every state is kept.
@@ -108,19 +110,22 @@ class UnrolledRecording(Recording):
         self._training = training
         self._trajectory = Trajectory(training, method.truncation, method.max_snapshots, method.offload)
         self._second_order, self._max_graphs = method.second_order, method.max_graphs
+        if method.max_graphs is not None and method.truncation is not None:
+            self._max_graphs = min(method.max_graphs, method.truncation)
         self._keeps_grads = method.second_order != "reverse" and method.max_snapshots is None
         self._graphs: dict[int, TracedGradient] = {}
 
     def take(self, step: Step, state: State) -> tuple[Step, State]:
         if self._max_graphs is not None:
             return self._take_traced(step, state, self._max_graphs)
-        step, after, grads = self._training.take(step, state)
-        self._trajectory.record(step, replace(state, grads=tuple(grads)) if self._keeps_grads else state)
+        step, after, grads = self._training.take(step, state, keep_grads=self._keeps_grads)
+        self._trajectory.record(step, state if grads is None else replace(state, grads=grads))
         return step, after
 
     def _take_traced(self, step: Step, state: State, max_graphs: int) -> tuple[Step, State]:
         """The same, and keeps the graph of the step's gradient in place of an older one."""
-        gradient = Reverse(self._training, step, replace(state, buffers=None))
+        with self._training.model_state.copied_buffers():
+            gradient = Reverse(self._training, step, replace(state, buffers=None))
         step = self._training.finish(step, gradient.loss, gradient.grads)
         self._trajectory.record(step, state)
         self._graphs.pop(step.number - max_graphs, None)
@@ -147,6 +152,7 @@ class UnrolledRecording(Recording):
         largest = last = norm(adjoint.params)
         trace_gradient, error = way(self._second_order), None
         for step, state in self._trajectory.backward():
+            self._training.check_batch(step)
             gradient = self._graphs.pop(step.number, None) or trace_gradient(self._training, step, state)
             fine = self._training.refine(state, step.active)
             adjoint, adj_grads = self._through_updates(step, fine, gradient.grads, adjoint, totals)
