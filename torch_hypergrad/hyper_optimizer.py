@@ -56,7 +56,8 @@ class HyperOptimizer:
     Args:
         model: the model; every parameter of the optimizer must be one of its parameters.
         optimizer: a ``torch.optim`` optimizer, or one with a registered update rule. Its state is kept in its own format.
-            Its ``step`` is not called: :meth:`step` takes its place.
+            Its ``step`` is called by :class:`Implicit` alone, while settings are tuned per group, if at all; else
+            :meth:`step` takes its place.
         train_loss: ``train_loss(model, batch) -> scalar tensor``. It is called again on recorded batches, so it must read
             nothing that changes between steps but the model, the batch and the tuned tensors.
         tune: what to tune: :class:`Hyperparameter` for settings of the optimizer; an ``nn.Module`` or a leaf tensor that
@@ -152,12 +153,14 @@ class HyperOptimizer:
         """
         training, recording = self._training, self._recording
         self._watch.check(self._number)
-        state = training.capture()
-        tampered = self._watch.compare(state, self._number)
-        with training.undone_on_error(state):
-            step, after = recording.take(training.begin(self._number, batch, tampered), state)
-        training.write(after)
-        if recording.checks_parameters:
+        state = training.capture() if recording.reads_states else None
+        tampered = None if state is None else self._watch.compare(state, self._number)
+        step = training.begin(self._number, batch, tampered)
+        with training.undone_on_error(step, None if state is None else state.buffers):
+            step, after = recording.take(step, state)
+        if after is not None:
+            training.write(after)
+        if after is not None and recording.checks_parameters:
             self._watch.step_written(after)
         self._number += 1
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # LR schedulers look here for the order of calls

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .buckets import Bucket
-from .records import RuleState
+from .buckets import Bucket, as_list
+from .records import RuleState, State
 from .updates import UpdateRule
 from .updates.base import scalar_dtype
 from .vectors import Layout, laid_out_as
@@ -65,6 +65,39 @@ class OptimizerState:
         self.buckets = tuple(self.bucket(indices) for indices in found.values())
         self.rule_states = tuple(self._import(bucket, key) for bucket, key in zip(self.buckets, found))
         self._remember()
+
+    def refine(self, state: State, active: Sequence[bool]) -> State:
+        """``state`` with buckets split until each is wholly with or wholly without gradients."""
+        if all(active) or all(len({active[i] for i in bucket.indices}) == 1 for bucket in state.buckets):
+            return state
+        fine = []
+        for bucket in state.buckets:
+            for flag in (True, False):
+                indices = [i for i in bucket.indices if active[i] == flag]
+                if indices:
+                    fine.append((bucket, self.bucket(indices)))
+        return State(
+            tuple(part for _, part in fine),
+            self._regather(state.buckets, state.params, fine),
+            tuple(self._split_rule_states(state, fine)),
+            state.buffers,
+        )
+
+    def _regather(
+        self, buckets: Sequence[Bucket], tensors: Sequence[Tensor], fine: Sequence[tuple[Bucket, Bucket]]
+    ) -> tuple[Tensor, ...]:
+        pieces = as_list(buckets, tensors, len(self.params))
+        return tuple(part.gather(pieces) for _, part in fine)  # type: ignore[arg-type]
+
+    def _split_rule_states(self, state: State, fine: Sequence[tuple[Bucket, Bucket]]) -> Iterator[RuleState]:
+        whole = dict(zip(state.buckets, state.rule_states))
+        for bucket, part in fine:
+            split: RuleState = {}
+            for key, value in whole[bucket].items():
+                if isinstance(value, Tensor) and value.ndim > 0:
+                    value = part.gather(as_list([bucket], [value], len(self.params)))  # type: ignore[arg-type]
+                split[key] = value
+            yield split
 
     def write(self, buckets: tuple[Bucket, ...], rule_states: tuple[RuleState, ...]) -> None:
         """Puts the rule's states into the optimizer in torch's own format, where they have changed."""

@@ -27,7 +27,7 @@ class Stationarity:
     def __init__(self, training: Training, step: Step, state: State, grads: Sequence[Tensor | None]) -> None:
         self._training, rule = training, training.rule
         assert rule.stationarity is not None
-        state = training.refine(state, [g is not None for g in grads])
+        state = training.optimizer_state.refine(state, [g is not None for g in grads])
         parts = [part for part in zip(state.buckets, state.params, state.rule_states) if grads[part[0].indices[0]] is not None]
         self._buckets = [bucket for bucket, _, _ in parts]
         self._rule_states = [rule_state for _, _, rule_state in parts]

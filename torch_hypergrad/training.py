@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from . import autodiff
 from .buckets import Bucket, as_list
 from .errors import TrajectoryError
+from .host_memory import keep_freed_memory
 from .hyperparameter_set import HyperparameterSet
 from .model_state import ModelState
 from .optimizer_state import OptimizerState
@@ -54,6 +55,7 @@ class Training:
         self.params = self.optimizer_state.params
         self.model_state = ModelState([model, *hyperparameters.modules], self.params, names)
         self._optimizer = optimizer
+        keep_freed_memory()
         self._keeps_graphs = keeps_graphs
         self._twice_differentiable = twice_differentiable
         self._settings: tuple[dict[str, Any], ...] = ()
@@ -123,14 +125,14 @@ class Training:
         return "the optimizer's state" if self.optimizer_state.replaced() else None
 
     @contextmanager
-    def undone_on_error(self, state: State) -> Iterator[None]:
-        """Puts buffers, modes and random number generators back if the block fails."""
-        surroundings = self.model_state.surroundings()
+    def undone_on_error(self, step: Step, buffers: Sequence[Tensor | None] | None) -> Iterator[None]:
+        """Puts buffers (None: as they are now), modes and random number generators back if ``step``, just begun, fails."""
+        buffers = self.model_state.buffers() if buffers is None else buffers
         try:
             yield
         except BaseException:
-            self.model_state.set_buffers(state.buffers or ())
-            self.model_state.set_surroundings(surroundings)
+            self.model_state.set_buffers(buffers)
+            self.model_state.set_surroundings(step.surroundings)
             raise
 
     @contextmanager
@@ -265,6 +267,32 @@ class Training:
         after = self.advance(state, self.transform(grads, keep=keep_grads), step)
         return step, after, tuple(grads) if keep_grads else None
 
+    @property
+    def optimizer_can_step(self) -> bool:
+        """Whether the wrapped optimizer's own ``step`` can take the tuned settings: as numbers, known without waiting."""
+        return all(tuned.spec.per == "group" and tuned.leaf.device.type == "cpu" for tuned in self.hyperparameters.settings)
+
+    def take_with_optimizer(self, step: Step) -> Step:
+        """Takes ``step`` by the wrapped optimizer itself, at its own speed; no state of it can be recorded."""
+        loss, grads, _ = self.gradients(step.batch)
+        grads = self.transform(grads)
+        groups, before = self._optimizer.param_groups, [p.grad for p in self.params]
+        untuned = [dict(group) for group in groups]
+        self._written = None
+        try:
+            for tuned in self.hyperparameters.settings:
+                value = tuned.values().item() * tuned.factor(step.settings[tuned.group])
+                write_setting(groups[tuned.group], tuned.spec.name, value)
+            for p, g in zip(self.params, grads):
+                p.grad = None if g is None else g.detach()
+            self._optimizer.step()
+        finally:
+            for group, settings in zip(groups, untuned):
+                group.update(settings)
+            for p, g in zip(self.params, before):
+                p.grad = g
+        return self.finish(step, loss, grads)
+
     def replay(self, step: Step, state: State) -> State:
         """The state after a recorded step, computed again from the one before."""
         with self.at(state):
@@ -273,7 +301,7 @@ class Training:
 
     def advance(self, state: State, grads: Sequence[Tensor | None], step: Step) -> State:
         """The update rule on every bucket that has gradients. Buffers are left out."""
-        state = self.refine(state, [g is not None for g in grads])
+        state = self.optimizer_state.refine(state, [g is not None for g in grads])
         params, rule_states = [], []
         with torch.no_grad():
             for bucket, param, rule_state in zip(state.buckets, state.params, state.rule_states):
@@ -306,51 +334,6 @@ class Training:
             factor = setting.factor(step.settings[bucket.group])
             write_setting(settings, setting.spec.name, value if factor == 1.0 else value * factor)
         return settings
-
-    def refine(self, state: State, active: Sequence[bool]) -> State:
-        """``state`` with buckets split until each is wholly with or wholly without gradients."""
-        if all(active) or all(len({active[i] for i in bucket.indices}) == 1 for bucket in state.buckets):
-            return state
-        fine = []
-        for bucket in state.buckets:
-            for flag in (True, False):
-                indices = [i for i in bucket.indices if active[i] == flag]
-                if indices:
-                    fine.append((bucket, self.optimizer_state.bucket(indices)))
-        return State(
-            tuple(part for _, part in fine),
-            self._regather(state.buckets, state.params, fine),
-            tuple(self._split_rule_states(state, fine)),
-            state.buffers,
-        )
-
-    def _regather(
-        self, buckets: Sequence[Bucket], tensors: Sequence[Tensor], fine: Sequence[tuple[Bucket, Bucket]]
-    ) -> tuple[Tensor, ...]:
-        pieces = as_list(buckets, tensors, len(self.params))
-        return tuple(part.gather(pieces) for _, part in fine)  # type: ignore[arg-type]
-
-    def _split_rule_states(self, state: State, fine: Sequence[tuple[Bucket, Bucket]]) -> Iterator[RuleState]:
-        whole = dict(zip(state.buckets, state.rule_states))
-        for bucket, part in fine:
-            split: RuleState = {}
-            for key, value in whole[bucket].items():
-                if isinstance(value, Tensor) and value.ndim > 0:
-                    value = part.gather(as_list([bucket], [value], len(self.params)))  # type: ignore[arg-type]
-                split[key] = value
-            yield split
-
-
-def differs(state: State, other: State) -> Tensor:
-    """Whether any parameter differs, as a bool tensor; no synchronization. NaN equals NaN."""
-    flags = [_differ(a, b) for a, b in zip(state.params, other.params)]
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
-
-
-def _differ(a: Tensor, b: Tensor) -> Tensor:
-    if a.device.type == "cpu" and torch.equal(a, b):
-        return torch.tensor(False)
-    return ((a != b) & ~(a.isnan() & b.isnan())).any()
 
 
 def is_float(value: Any) -> bool:

@@ -32,7 +32,7 @@ class Layout:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Views of ``vector`` with the shapes of the tensors."""
-        return [piece.view(shape) for piece, shape in zip(vector.split(self.sizes), self.shapes)]
+        return [piece.view(shape) for piece, shape in zip(torch.split_with_sizes(vector, self.sizes), self.shapes)]
 
     def take(self, vector: Tensor, positions: Sequence[int]) -> Tensor:
         """The parts of ``vector`` that belong to the tensors at ``positions``, one after the other."""

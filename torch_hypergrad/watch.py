@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .errors import TrajectoryError
 from .records import State
-from .training import Training, differs
+from .training import Training
 
 
 class Watch:
@@ -74,3 +74,15 @@ def tampering(what: str, number: int) -> str:
         "restart(), which end the window, or compute it in the training loss or grad_transform; with method=Implicit weights "
         "may be changed at any time."
     )
+
+
+def differs(state: State, other: State) -> Tensor:
+    """Whether any parameter differs, as a bool tensor; no synchronization. NaN equals NaN."""
+    flags = [_differ(a, b) for a, b in zip(state.params, other.params)]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
+
+
+def _differ(a: Tensor, b: Tensor) -> Tensor:
+    if a.device.type == "cpu" and torch.equal(a, b):
+        return torch.tensor(False)
+    return ((a != b) & ~(a.isnan() & b.isnan())).any()

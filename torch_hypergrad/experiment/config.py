@@ -127,8 +127,8 @@ class MethodConfig:
         offload: of unrolled: keep states in the memory of the CPU
         max_graphs: of unrolled: keep the graphs of the last so many steps, which saves the time of replaying them and takes
             their memory; not with offload. null replays all
-        second_order: of unrolled: how products with second derivatives are computed: reverse (double backward) or forward
-            (dual numbers), both exact, or finite_difference (two gradients). null takes reverse
+        second_order: of unrolled and implicit: how products with second derivatives are computed: reverse (double
+            backward) or forward (dual numbers), both exact, or finite_difference (two gradients). null takes reverse
     """
 
     name: Literal["implicit", "unrolled", "forward", "none"] = "implicit"

@@ -50,13 +50,16 @@ class Statistics:
 class Recording(ABC):
     """What a method keeps of the training since the last hyper step."""
 
+    reads_states = True
+    """Whether :meth:`take` is given the state before the step; if not, the wrapped optimizer takes the step itself."""
+
     checks_parameters = True
     """Whether nobody else may write to the parameters while steps are recorded."""
 
     @abstractmethod
-    def take(self, step: Step, state: State) -> tuple[Step, State]:
+    def take(self, step: Step, state: State | None) -> tuple[Step, State | None]:
         """Takes one training step from ``state``, the current one, and notes it: the step with what came out of it, and
-        the state after it."""
+        the state after it, to be written to the model. Both states are None where the optimizer takes the step."""
 
     @abstractmethod
     def steps(self) -> Iterable[Step]:

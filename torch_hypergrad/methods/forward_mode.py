@@ -70,7 +70,8 @@ class ForwardRecording(Recording):
     def steps(self) -> Iterable[Step]:
         return self._steps
 
-    def take(self, step: Step, state: State) -> tuple[Step, State]:
+    def take(self, step: Step, state: State | None) -> tuple[Step, State]:
+        assert state is not None
         training = self._training
         loss, raw, _ = training.gradients(step.batch, create_graph=True)
         grads = training.transform(raw)
@@ -81,7 +82,7 @@ class ForwardRecording(Recording):
     def _push(self, step: Step, state: State, grads: Sequence[Tensor | None]) -> None:
         """Takes every tangent through the step."""
         training, tensors = self._training, self._hyperparameters.loss_tensors
-        refined = training.refine(state, step.active)
+        refined = training.optimizer_state.refine(state, step.active)
         active = [i for i, g in enumerate(grads) if g is not None]
         inputs = [training.params[i] for i in active] + tensors
         push_gradient = autodiff.linearized([grads[i] for i in active], inputs)  # type: ignore[misc]
@@ -89,7 +90,7 @@ class ForwardRecording(Recording):
         directions = []
         for direction in self._directions:
             tangent = self._zero_tangent(refined) if direction.tangent is None else direction.tangent
-            tangent = training.refine(tangent, step.active)
+            tangent = training.optimizer_state.refine(tangent, step.active)
             tan_params = as_list(tangent.buckets, tangent.params, len(training.params))
             pushed = push_gradient([*(tan_params[i] for i in active), *self._unit_tensors(direction)])
             tan_grads = [dict(zip(active, pushed)).get(i) for i in range(len(training.params))]

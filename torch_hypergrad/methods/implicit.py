@@ -123,9 +123,13 @@ class ImplicitRecording(Recording):
     def __init__(self, training: Training, method: Implicit) -> None:
         self._training, self._method = training, method
         self._steps: deque[Step] = deque(maxlen=method.num_batches)
+        self.reads_states = not training.optimizer_can_step
 
-    def take(self, step: Step, state: State) -> tuple[Step, State]:
-        step, after, _ = self._training.take(step, state)
+    def take(self, step: Step, state: State | None) -> tuple[Step, State | None]:
+        if state is None:
+            step, after = self._training.take_with_optimizer(step), None
+        else:
+            step, after, _ = self._training.take(step, state)
         self._steps.append(step)
         return step, after
 

@@ -115,7 +115,8 @@ class UnrolledRecording(Recording):
         self._keeps_grads = method.second_order != "reverse" and method.max_snapshots is None
         self._graphs: dict[int, TracedGradient] = {}
 
-    def take(self, step: Step, state: State) -> tuple[Step, State]:
+    def take(self, step: Step, state: State | None) -> tuple[Step, State]:
+        assert state is not None
         if self._max_graphs is not None:
             return self._take_traced(step, state, self._max_graphs)
         step, after, grads = self._training.take(step, state, keep_grads=self._keeps_grads)
@@ -154,7 +155,7 @@ class UnrolledRecording(Recording):
         for step, state in self._trajectory.backward():
             self._training.check_batch(step)
             gradient = self._graphs.pop(step.number, None) or trace_gradient(self._training, step, state)
-            fine = self._training.refine(state, step.active)
+            fine = self._training.optimizer_state.refine(state, step.active)
             adjoint, adj_grads = self._through_updates(step, fine, gradient.grads, adjoint, totals)
             adjoint = self._through_gradient(gradient, adjoint, adj_grads, totals)
             largest, error = torch.maximum(largest, norm(adjoint.params)), gradient.error
