@@ -1,7 +1,7 @@
 # One target for each daily act. PYTHON chooses the interpreter: make test PYTHON=.venv/bin/python
 PYTHON ?= python
 
-.PHONY: setup test slow lint matrix bench
+.PHONY: setup test slow lint matrix bench cuda
 
 setup:   ## install for development
 	$(PYTHON) -m pip install -e ".[dev]"
@@ -22,3 +22,6 @@ matrix:  ## every update rule x setting x granularity against finite differences
 
 bench:   ## time and memory beside the plain loop and higher
 	$(PYTHON) benchmarks/unrolled.py
+
+cuda:    ## the figures of a CUDA device, in less than 8 minutes
+	$(PYTHON) benchmarks/cuda.py --out docs/results/cuda.md

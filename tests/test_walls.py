@@ -18,7 +18,7 @@ MAX_LINES = 400
 ORDER = (
     ("errors",),
     ("vectors",),
-    ("buckets",),
+    ("buckets", "capture", "offload", "readings"),
     ("autodiff",),
     ("updates",),
     ("granularity",),
@@ -30,7 +30,7 @@ ORDER = (
     ("training",),
     ("adjoint", "second_order", "solvers", "trajectory", "watch"),
     ("methods",),
-    ("checks", "checkpoint"),
+    ("checks", "checkpoint", "hyper_step"),
     ("hyper_optimizer",),
     ("testing",),
 )

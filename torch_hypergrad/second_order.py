@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, TypeAlias, get_args
+from functools import partial
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import autodiff
+from .buckets import as_list
+from .capture import Captured
 from .records import State, Step
 from .training import Training
 
@@ -94,6 +97,36 @@ class FirstOrder(TracedGradient):
         return _pulled(training, training.transform(raw), adj_grads, inputs=raw)
 
 
+class Replayed(FirstOrder):
+    """Double backward as one function of parameters, batch and direction, recorded once and replayed. Exact."""
+
+    def __init__(self, captured: Captured, training: Training, step: Step, state: State) -> None:
+        super().__init__(training, step, state)
+        self._captured = captured
+
+    def _products(self, direction: Tensors) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        training, state = self._training, self._state
+        if state.buffers is not None:
+            training.model_state.set_buffers(state.buffers)
+        training.return_to(self._step)
+        values = as_list(state.buckets, state.params, len(training.params))
+        return self._captured((values, self._step.batch, list(direction)))
+
+    def estimated_error(self, adj_grads: Tensors) -> Tensor | None:
+        return None
+
+
+def double_backward(training: Training, inputs: Any) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The products with the derivative of the gradient, in the current surroundings: of the parameters' values, a batch
+    and a direction."""
+    values, batch, direction = inputs
+    before = training.model_state.point_to(values)
+    try:
+        return _pulled(training, training.gradients(batch, create_graph=True)[1], direction)
+    finally:
+        training.model_state.point_back(before)
+
+
 class Forward(FirstOrder):
     """Forward over reverse: the gradient computed with dual numbers. Exact, and keeps no graph of a gradient."""
 
@@ -133,7 +166,7 @@ class FiniteDifference(FirstOrder):
     def _distance(self, direction: Tensors) -> Tensor:
         unit = max(torch.finfo(param.dtype).eps for param in self._state.params)
         length = norm(direction)
-        return unit ** (1 / 3) * (1 + norm(self._state.params)) / torch.where(length > 0, length, 1)
+        return unit ** (1 / 3) * (1 + norm(self._state.params)) / length.masked_fill(~(length > 0), 1)
 
     def _difference(self, direction: Tensors, distance: Tensor) -> tuple[list[Tensor | None], list[Tensor | None]]:
         training = self._training
@@ -151,6 +184,14 @@ WAYS: dict[str, type[Reverse] | type[Forward] | type[FiniteDifference]] = {
     "forward": Forward,
     "finite_difference": FiniteDifference,
 }
+
+
+def way_of(training: Training, second_order: SecondOrder) -> Callable[[Training, Step, State], TracedGradient]:
+    """How the products are computed, recorded if the training captures."""
+    captured = training.captured(partial(double_backward, training), "the product with the training gradient's derivative")
+    if captured is None or second_order != "reverse":
+        return WAYS[second_order]
+    return partial(Replayed, captured)
 
 
 def check_second_order(value: object, owner: str) -> None:

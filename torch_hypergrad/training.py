@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from . import autodiff
 from .buckets import Bucket, as_list
+from .capture import Captured, recorder_for
 from .errors import TrajectoryError
 from .hyperparameter_set import HyperparameterSet
 from .model_state import ModelState
@@ -32,6 +33,7 @@ class Training:
         twice_differentiable: take every step with kernels that can be differentiated twice, so that a step taken
             again has the very same gradient and the same dropout masks.
         keeps_graphs: graphs made inside :meth:`at` outlive the step, so that writing may not look like a change to autograd.
+        captures: record the gradient of a step once and replay it as a whole, where that is possible.
     """
 
     def __init__(
@@ -46,19 +48,22 @@ class Training:
         *,
         twice_differentiable: bool,
         keeps_graphs: bool,
+        captures: bool = False,
     ) -> None:
         self.model, self.rule, self.hyperparameters = model, rule, hyperparameters
         self.train_loss, self.grad_transform = train_loss, grad_transform
         per_element = [any(t.spec.per == "element" for t in tuned) for tuned in hyperparameters.of_group]
         self.optimizer_state = OptimizerState(optimizer, rule, per_element)
         self.params = self.optimizer_state.params
-        self.model_state = ModelState([model, *hyperparameters.modules], self.params, names)
+        self.model_state = ModelState([model, *hyperparameters.modules], self.params, names, hyperparameters.loss_tensors)
         self._optimizer = optimizer
         self._keeps_graphs = keeps_graphs
         self._twice_differentiable = twice_differentiable
         self._settings: tuple[dict[str, Any], ...] = ()
         self._written: State | None = None
         self._inspected = False
+        self._recorder = recorder_for(self.params) if captures else None
+        self._plain_gradients = self.captured(self._eager_gradients, "the training gradient") or self._eager_gradients
 
     # ---- the model and the wrapped optimizer, as they stand -------------------------------------------------------
 
@@ -192,6 +197,16 @@ class Training:
             grads[i] = g
         return loss, grads, found[len(trainable) :]
 
+    def captured(self, function: Callable[[Any], Any], name: str) -> Captured | None:
+        """A function of tensors and of the model, to be recorded and replayed; None where nothing is recorded."""
+        if self._recorder is None:
+            return None
+        return Captured(function, self.model_state.memory, self.model_state.modes, self._recorder, name)
+
+    def _eager_gradients(self, batch: Any) -> tuple[Tensor, list[Tensor | None]]:
+        loss, grads, _ = self.gradients(batch)
+        return loss.detach(), grads
+
     def transform(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients as the update rule gets them."""
         if self.grad_transform is None:
@@ -229,6 +244,11 @@ class Training:
         self, step: Step, *, create_graph: bool, also: Sequence[Tensor] = ()
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """:meth:`gradients` on a recorded step's batch, in its surroundings, at the model's current weights."""
+        self.return_to(step)
+        return self.gradients(step.batch, create_graph=create_graph, also=also)
+
+    def return_to(self, step: Step) -> None:
+        """Brings back a recorded step's surroundings, and refuses a batch that was changed."""
         if versions_of(step.batch) != step.versions:
             raise TrajectoryError(
                 f"A tensor in the batch of training step {step.number + 1} was changed in place after the step. The step "
@@ -236,11 +256,10 @@ class Training:
                 "clone of a buffer that is used again."
             )
         self.model_state.set_surroundings(step.surroundings)
-        return self.gradients(step.batch, create_graph=create_graph, also=also)
 
     def take(self, step: Step, state: State) -> tuple[Step, State, list[Tensor | None]]:
         """Takes ``step`` from the current state: the step with what came out of it, the state after it, the gradients."""
-        loss, grads, _ = self.gradients(step.batch)
+        loss, grads = self._plain_gradients(step.batch)
         step = self.finish(step, loss, grads)
         return step, self.advance(state, self.transform(grads), step), grads
 
@@ -318,18 +337,6 @@ class Training:
                     value = part.gather(as_list([bucket], [value], len(self.params)))  # type: ignore[arg-type]
                 split[key] = value
             yield split
-
-
-def differs(state: State, other: State) -> Tensor:
-    """Whether any parameter differs, as a bool tensor; no synchronization. NaN equals NaN."""
-    flags = [_differ(a, b) for a, b in zip(state.params, other.params)]
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
-
-
-def _differ(a: Tensor, b: Tensor) -> Tensor:
-    if a.device.type == "cpu" and torch.equal(a, b):
-        return torch.tensor(False)
-    return ((a != b) & ~(a.isnan() & b.isnan())).any()
 
 
 def is_float(value: Any) -> bool:

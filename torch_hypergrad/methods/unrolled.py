@@ -13,8 +13,9 @@ from .. import autodiff
 from ..adjoint import Adjoint, merged
 from ..buckets import Bucket, as_list
 from ..hyperparameter_set import HyperparameterSet
+from ..readings import Reading, now_or_later
 from ..records import State, Step, TracedUpdate
-from ..second_order import WAYS, Reverse, SecondOrder, TracedGradient, check_second_order
+from ..second_order import Reverse, SecondOrder, TracedGradient, check_second_order, way_of
 from ..training import Training
 from ..trajectory import Trajectory
 from ..updates import UpdateRule
@@ -45,7 +46,7 @@ class Unrolled(Method):
             attention and own kernels. The first two are exact; the report estimates the error of the third.
 
     Memory: ``(1 + number of state vectors) x parameters x snapshots``, and one step's graph; one vector more for each
-    snapshot, its gradient, where ``second_order`` is not ``"reverse"`` and every state is kept.
+    snapshot, its gradient, where every state is kept and ``second_order`` is not ``"reverse"`` or steps are captured.
     Time: a replayed step costs a gradient with graph and one double backward; by finite differences two gradients.
 
     Raises:
@@ -125,8 +126,8 @@ class UnrolledRecording(Recording):
     def __init__(self, training: Training, method: Unrolled) -> None:
         self._training = training
         self._trajectory = Trajectory(training, method.truncation, method.max_snapshots, method.offload)
-        self._way, self._max_graphs = WAYS[method.second_order], method.max_graphs
-        self._keeps_grads = method.second_order != "reverse" and method.max_snapshots is None
+        self._way, self._max_graphs = way_of(training, method.second_order), method.max_graphs
+        self._keeps_grads = self._way is not Reverse and method.max_snapshots is None and method.max_graphs is None
         self._graphs: dict[int, TracedStep] = {}
 
     def take(self, step: Step, state: State) -> tuple[Step, State]:
@@ -173,7 +174,7 @@ class UnrolledRecording(Recording):
             if traced.state.buckets is not state.buckets:
                 adjoint = merged(adjoint, state, len(self._training.params))
         gradients = add_direct(hyperparameters, hyperparameters.reduce(totals), validation)
-        return gradients, Statistics(product_error=None if error is None else float(error))
+        return gradients, Statistics(product_error=None if error is None else _number(error))
 
     def _final_adjoint(self, validation: Validation) -> Adjoint:
         params = self._training.params
@@ -242,3 +243,7 @@ class UnrolledRecording(Recording):
             for bucket, update, adj_param in zip(adjoint.buckets, traced.updates, adjoint.params)
         )
         return replace(adjoint, params=params)
+
+
+def _number(tensor: Tensor) -> float | Reading[float]:
+    return now_or_later([tensor], lambda numbers: numbers[0])

@@ -6,11 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from ..errors import SolverError
+from ..readings import Reading
 
 Matvec: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -21,11 +22,12 @@ class SolveInfo:
 
     Args:
         num_matvecs: products with ``A``.
-        residual: norm of ``b - A x`` over the norm of ``b``, damping included in ``A``; None where not computed.
+        residual: norm of ``b - A x`` over the norm of ``b``, damping included in ``A``; None where not computed. Where it
+            is on a device, a reading, which raises the solver's errors when it is read.
     """
 
     num_matvecs: int
-    residual: float | None
+    residual: float | Reading[Any] | None
 
 
 class Solver(ABC):
@@ -68,8 +70,12 @@ def damped(matvec: Matvec, damping: float) -> Matvec:
 
 
 def check_finite(b: Tensor) -> float:
-    """The norm of the right-hand side; refuses one that is not finite."""
-    norm = float(b.norm())
+    """The norm of the right-hand side; refuses one that is not finite. Waits for the device."""
+    return check_norm(float(b.norm()))
+
+
+def check_norm(norm: float) -> float:
+    """Refuses a norm of the right-hand side that is not finite."""
     if not math.isfinite(norm):
         raise SolverError(
             f"The gradient of the validation loss has norm {norm}: there is nothing to solve for. Look for a validation "

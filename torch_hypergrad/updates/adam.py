@@ -141,12 +141,12 @@ def radam_factors(exp_avg_sq: Tensor, step: int, settings: Settings) -> tuple[Te
         if not rectified:
             return 1.0, 1.0
     else:
-        rho = torch.where(rectified, rho, 6.0)
-        rho_inf = torch.where(rectified, rho_inf, 6.0)
+        rho = rho.masked_fill(~rectified, 6.0)
+        rho_inf = rho_inf.masked_fill(~rectified, 6.0)
     rect = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
     adaptive = bias_correction2**0.5 / (sqrt(exp_avg_sq) + settings["eps"])
     if isinstance(rho, Tensor):
-        return torch.where(rectified, adaptive, 1.0), torch.where(rectified, rect, 1.0)
+        return adaptive.masked_fill(~rectified, 1.0), rect.masked_fill(~rectified, 1.0)
     return adaptive, rect
 
 
