@@ -3,7 +3,7 @@ PYTHON ?= python
 SUITE ?= targets small
 OUT ?= docs/results/bench.md
 
-.PHONY: setup test slow lint matrix bench solvers
+.PHONY: setup test slow lint matrix bench solvers cuda
 
 setup:   ## install for development
 	$(PYTHON) -m pip install -e ".[dev]"
@@ -27,3 +27,6 @@ bench:   ## time and memory beside the plain loop, higher and TorchOpt; SUITE=qu
 
 solvers: ## products that each solver needs for an accurate hypergradient; DATA=folder with MNIST
 	$(PYTHON) benchmarks/solvers.py $(if $(DATA),--data $(DATA))
+
+cuda:    ## the figures of a CUDA device, in less than 8 minutes
+	$(PYTHON) benchmarks/cuda.py --out docs/results/cuda.md

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from problems import FROZEN, mse, random_batch
-from torch_hypergrad import CG, Cholesky, ForwardMode, HyperOptimizer, Hyperparameter, Implicit, Neumann, Unrolled
+from torch_hypergrad import (
+    CG,
+    Cholesky,
+    ForwardMode,
+    HyperOptimizer,
+    Hyperparameter,
+    Implicit,
+    Neumann,
+    NonFiniteError,
+    Unrolled,
+)
 from torch_hypergrad.methods import Method
 from torch_hypergrad.testing import check_hypergradient
 
@@ -70,7 +82,7 @@ def test_hypergradient_is_that_of_the_cpu(optimizer: str, method: Method) -> Non
         torch.testing.assert_close(found[name].cpu(), value, rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("solver", [Neumann(20, damping=1.0), CG(damping=5.0), Cholesky(damping=5.0)], ids=str)
+@pytest.mark.parametrize("solver", [Neumann(20, scale=0.2, damping=1.0), CG(damping=5.0), Cholesky(damping=5.0)], ids=str)
 def test_implicit_hypergradient_is_that_of_the_cpu(solver: Any) -> None:
     found = trained("cuda", "sgd", Implicit(solver)).hypergradient(to("cuda", VAL))
     expected = trained("cpu", "sgd", Implicit(solver)).hypergradient(VAL)
@@ -139,3 +151,163 @@ def test_a_run_is_resumed_on_the_device() -> None:
     expected = hyper.hypergradient(to("cuda", VAL))
     for name, value in other.hypergradient(to("cuda", VAL)).items():
         assert torch.equal(value, expected[name])
+
+
+# ---- waiting for the device -------------------------------------------------------------------------------------------
+
+
+def waits_of(call: Callable[[], Any]) -> list[str]:
+    """The synchronizations that torch knows of."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [str(warning.message) for warning in caught if "synchronizing CUDA" in str(warning.message)]
+
+
+WAITING_ONCE = [
+    Unrolled(),
+    Unrolled(max_snapshots=2),
+    Unrolled(offload="cpu"),
+    Unrolled(max_graphs=2),
+    Unrolled(second_order="finite_difference"),
+    Implicit(Neumann(5, scale=0.1, damping=5.0)),
+    Implicit(Neumann(20, damping=5.0)),
+]
+
+
+@pytest.mark.parametrize("method", WAITING_ONCE, ids=str)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "nadam"])
+def test_a_step_never_waits_and_a_hyper_step_waits_once(optimizer: str, method: Method) -> None:
+    hyper = trained("cuda", optimizer, method, dropout=0.5)
+    hyper.hyper_step(to("cuda", VAL))
+    batches, val = [to("cuda", batch) for batch in BATCHES], to("cuda", VAL)
+    for batch in batches:
+        assert waits_of(partial(hyper.step, batch)) == []
+    assert len(waits_of(partial(hyper.hyper_step, val))) <= 1
+
+
+def test_what_is_found_at_the_end_of_a_hyper_step_undoes_it() -> None:
+    hyper = trained("cuda", "adamw", Unrolled())
+    before = {name: value.clone() for name, value in hyper.values().items()}
+    x, y = to("cuda", VAL)
+    with pytest.raises(NonFiniteError, match="validation loss is inf"):
+        hyper.hyper_step((x, y + float("inf")))
+    for name, value in hyper.values().items():
+        assert torch.equal(value, before[name])
+    hyper.step(to("cuda", BATCHES[0]))
+    assert hyper.hyper_step((x, y)).hypergradient_norm > 0
+
+
+# ---- snapshots that leave ---------------------------------------------------------------------------------------------
+
+
+def wide(method: Method, num_steps: int, width: int = 1024) -> tuple[HyperOptimizer, int]:
+    """Trained, and the peak of memory in training and sweep, over what was there before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)).cuda()
+    made = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    hyper = HyperOptimizer(model, made, mse, [Hyperparameter("lr")], method, FROZEN)
+    batch = torch.randn(64, width, device="cuda"), torch.randn(64, 1, device="cuda")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(num_steps):
+        hyper.step(batch)
+    hyper.hypergradient(batch)
+    torch.cuda.synchronize()
+    return hyper, torch.cuda.max_memory_allocated() - before
+
+
+def test_memory_of_a_long_window_with_offload_is_that_of_a_short_one() -> None:
+    """Python runs ahead of the device: what left must not pile up, nor what is fetched."""
+    short, long = (wide(Unrolled(offload="cpu"), num_steps)[1] for num_steps in (10, 100))
+    kept = wide(Unrolled(), 100)[1]
+    assert long <= 1.1 * short
+    assert long <= kept / 4
+
+
+def test_snapshots_leave_on_a_stream_of_their_own() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        wide(Unrolled(offload="cpu"), 5)
+    copies = [event for event in profile.events() if "Memcpy DtoH (Device -> Pinned)" in event.name]
+    assert copies
+
+
+# ---- recorded steps ---------------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """A training loss that counts how often Python runs it."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        self.calls += 1
+        return mse(model, batch)
+
+
+@pytest.mark.parametrize("method", [Unrolled(), Implicit(Neumann(5, scale=0.1, damping=5.0))], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_captured_training_is_eager_training(dropout: float, method: Method) -> None:
+    """The last batch is smaller, hyper steps move the values between the windows, and dropout is that of eager steps."""
+    hypers, losses = [], []
+    for capture in (False, True):
+        model, loss = network("cuda", dropout), Counted()
+        made = OPTIMIZERS["adamw"](model.parameters())
+        tune = [Hyperparameter("weight_decay", per="element", init=0.1)]
+        moving = partial(torch.optim.SGD, lr=0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            hyper = HyperOptimizer(model, made, loss, tune, method, moving, val_loss=mse, capture=capture)  # type: ignore[arg-type]
+            torch.manual_seed(1)
+            for _ in range(2):
+                for batch in [*BATCHES, *BATCHES, tuple(part[:3] for part in BATCHES[0])]:
+                    hyper.step(to("cuda", batch))
+                hyper.hyper_step(to("cuda", VAL))
+        hypers.append(hyper)
+        losses.append(loss.calls)
+    eager, captured = hypers
+    for ours, theirs in zip(captured.model.state_dict().values(), eager.model.state_dict().values()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    for name, value in eager.values().items():
+        torch.testing.assert_close(captured.values()[name], value, rtol=1e-8, atol=1e-12)
+    assert losses[1] < losses[0]
+
+
+def test_a_captured_step_never_waits() -> None:
+    model = network("cuda", 0.5)
+    made = OPTIMIZERS["sgd"](model.parameters())
+    hyper = HyperOptimizer(model, made, mse, [Hyperparameter("lr")], Unrolled(), FROZEN, capture=True)  # type: ignore[arg-type]
+    batches = [to("cuda", batch) for batch in BATCHES]
+    for batch in batches:
+        hyper.step(batch)
+    assert waits_of(partial(hyper.step, batches[0])) == []
+
+
+def test_a_loss_that_waits_is_not_captured() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        found = mse(model, batch)
+        assert found.item() == found.item()
+        return found
+
+    model = network("cuda")
+    made = OPTIMIZERS["sgd"](model.parameters())
+    hyper = HyperOptimizer(model, made, loss, [Hyperparameter("lr")], Unrolled(), FROZEN, capture=True)  # type: ignore[arg-type]
+
+    def train() -> None:
+        for batch in BATCHES:
+            hyper.step(to("cuda", batch))
+
+    with pytest.warns(UserWarning, match="cannot be recorded") as caught:
+        train()
+    assert len(caught) == 1
+    expected = trained("cuda", "sgd", Unrolled(), name="lr").hypergradient(to("cuda", VAL))
+    with pytest.warns(UserWarning, match="the product with the training gradient's derivative"):
+        found = hyper.hypergradient(to("cuda", VAL))["lr/group0"]
+    torch.testing.assert_close(found, torch.stack(list(expected.values())).sum(), rtol=1e-8, atol=1e-12)

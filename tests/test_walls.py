@@ -18,7 +18,7 @@ MAX_LINES = 400
 ORDER = (
     ("errors", "host_memory"),
     ("vectors",),
-    ("buckets",),
+    ("buckets", "capture", "offload", "readings"),
     ("autodiff",),
     ("curvature",),
     ("updates",),
@@ -31,7 +31,7 @@ ORDER = (
     ("training",),
     ("adjoint", "second_order", "solvers", "stationarity", "trajectory", "update_adjoint", "watch"),
     ("methods",),
-    ("checks", "checkpoint", "trust"),
+    ("checks", "checkpoint", "hyper_step", "trust"),
     ("hyper_optimizer",),
     ("testing",),
 )

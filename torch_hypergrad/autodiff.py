@@ -21,7 +21,8 @@ def sqrt(x: Tensor) -> Tensor:
     if not x.requires_grad:
         return x.sqrt()
     zero = x == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
+    # torch.where brings numbers to the device as tensors, and waits for them: these are made there.
+    return torch.where(zero, x.new_zeros(()), torch.where(zero, x.new_ones(()), x).sqrt())
 
 
 def leaf(tensor: Tensor) -> Tensor:

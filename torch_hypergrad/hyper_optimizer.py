@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,39 +15,16 @@ from torch.optim import Optimizer
 from . import autodiff
 from .checkpoint import check_checkpoint, fingerprint
 from .checks import check_hyper_optimizer, check_not_compiled, check_tuned_tensors, check_types, parameter_names
-from .errors import NonFiniteError, TrajectoryError
+from .errors import TrajectoryError
+from .hyper_step import HyperReport, check_losses, finite_norm, finite_validation_loss, move_values, put_back_on_error
 from .hyperparameter_set import HyperparameterSet
 from .methods import Method, Statistics, Validation
+from .readings import Reading, Readings, settled
 from .training import GradTransform, Loss, Training, check_loss
 from .trajectory import pack_state, unpack_state
 from .trust import warnings_of
 from .updates import rule_of
-from .watch import Watch, tampering
-
-
-@dataclass(frozen=True)
-class HyperReport:
-    """What one hyper step did.
-
-    Args:
-        val_loss: the validation loss before the step.
-        hypergradient_norm: Euclidean norm of the hypergradient with respect to the values.
-        num_matvecs: products that the solver of an implicit method took; None for other methods.
-        residual: its relative residual, damping included; None for other methods and for :class:`Identity`.
-        product_error: estimated relative error of products with second derivatives; None where these are exact.
-        adjoint_growth: how much the adjoint of the parameters grew over the sweep, at most; None for other methods than
-            :class:`Unrolled`.
-        warnings: why the hypergradient should not be trusted, in sentences; empty if nothing speaks against it.
-    """
-
-    val_loss: float
-    hypergradient_norm: float
-    num_matvecs: int | None = None
-    residual: float | None = None
-    product_error: float | None = None
-    adjoint_growth: float | None = None
-    clipped: dict[str, int] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+from .watch import Watch
 
 
 class HyperOptimizer:
@@ -69,6 +46,10 @@ class HyperOptimizer:
             that is tuned are settings of the optimizer.
         grad_transform: a differentiable function from the list of gradients (those that are not None, in the order of
             the optimizer's parameters) to such a list, such as clipping; applied in training and in replay.
+        capture: on a CUDA device, record the training loss and its gradient in a CUDA graph for each shape of batches,
+            and replay it in the place of hundreds of launches; with :class:`Unrolled` the double backward pass too. For a
+            ``train_loss`` that does nothing in Python that must be done anew at each step; equal to the eager result up
+            to rounding. What cannot be recorded is computed eagerly, and one warning says why.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, with the reason.
@@ -102,6 +83,7 @@ class HyperOptimizer:
         *,
         val_loss: Loss | None = None,
         grad_transform: GradTransform | None = None,
+        capture: bool = False,
     ) -> None:
         check_types(model, optimizer, train_loss, method, hyper_optimizer, val_loss, grad_transform)
         rule = rule_of(optimizer)
@@ -125,6 +107,7 @@ class HyperOptimizer:
             [name for of_group in names for name in of_group],
             twice_differentiable=method.replays and method.needs_second_derivatives,
             keeps_graphs=method.keeps_graphs,
+            captures=capture,
         )
         self._recording = method.start(self._training)
         self.hyper_optimizer = hyper_optimizer([tuned.leaf for tuned in hyperparameters.all])
@@ -201,8 +184,11 @@ class HyperOptimizer:
     def validation_loss(self, val_batch: Any) -> Tensor:
         """The validation loss at the current weights, a scalar without graph. Changes nothing, buffers and random number
         generators included."""
+        asked = Readings()
         with self._training.preserved():
-            return self._validation(val_batch).loss
+            validation, _ = self._validation(val_batch, asked)
+            asked.read()
+        return validation.loss
 
     def hypergradient(self, val_batch: Any) -> dict[str, Tensor]:
         """The derivative of the validation loss with respect to the values, also of those on a log scale.
@@ -221,7 +207,10 @@ class HyperOptimizer:
             SolverError: if the solver failed.
             NotTwiceDifferentiableError: if the training loss has no second derivative.
         """
-        return self._hyperparameters.named(self._hypergradient(val_batch)[0])
+        asked = Readings()
+        gradients = self._hypergradient(val_batch, asked)[0]
+        asked.read()
+        return self._hyperparameters.named(gradients)
 
     def hyper_step(self, val_batch: Any) -> HyperReport:
         """The hypergradient, then one step of the hyper optimizer on the values, then projection onto bounds.
@@ -234,86 +223,69 @@ class HyperOptimizer:
         Raises:
             HypergradientError: as :meth:`hypergradient`; then nothing has changed.
         """
-        gradients, val_loss, norm, statistics = self._hypergradient(val_batch)
-        clipped = self._move_values(gradients)
+        asked = Readings()
+        gradients, val_loss, norm, statistics = self._hypergradient(val_batch, asked)
+        with self._put_back_on_error():
+            clipped = move_values(self._hyperparameters, self.hyper_optimizer, gradients, asked)
+            asked.read()  # the one time that a hyper step waits for the device
         self._begin_window()
-        warnings = warnings_of(statistics, self._training.params)
-        return HyperReport(val_loss, norm, **vars(statistics), clipped=clipped, warnings=warnings)
+        found = Statistics(**{name: settled(value) for name, value in vars(statistics).items()})
+        counts = {label: int(count.value) for label, count in clipped.items() if count.value}
+        warnings = warnings_of(found, self._training.params)
+        return HyperReport(val_loss.value, norm.value, **vars(found), clipped=counts, warnings=warnings)
 
-    def _move_values(self, gradients: Sequence[Tensor]) -> dict[str, int]:
-        """One step of the hyper optimizer and the projection; undone if it leads to no finite values."""
-        every = self._hyperparameters.all
-        leaves, before = [tuned.leaf.detach().clone() for tuned in every], copy.deepcopy(self.hyper_optimizer.state_dict())
-        for tuned, gradient in zip(every, gradients):
-            tuned.set_leaf_gradient(gradient)
-        self.hyper_optimizer.step()
-        self.hyper_optimizer.zero_grad()
-        clipped = {tuned.label: tuned.project() for tuned in every}
-        for tuned in every:
-            values = tuned.values()
-            if not bool(values.isfinite().all()):
-                for other, leaf in zip(every, leaves):
-                    other.set_leaf(leaf)
-                self.hyper_optimizer.load_state_dict(before)
-                raise NonFiniteError(
-                    f"The hyper step moved {tuned.label!r} to {values[~values.isfinite()][0].item()}. Lower the learning rate "
-                    "of the hyper_optimizer, or bound the value with low= and high=. Nothing was changed."
-                )
-        return {label: count for label, count in clipped.items() if count}
+    @contextmanager
+    def _put_back_on_error(self) -> Iterator[None]:
+        """Undoes what a hyper step does if it fails."""
+        model_state = self._training.model_state
+        surroundings = model_state.surroundings()
+        try:
+            with put_back_on_error(self._hyperparameters, self.hyper_optimizer):
+                yield
+        except BaseException:
+            model_state.set_surroundings(surroundings)
+            self._watch.hyperparameters_restored()
+            raise
 
-    def _hypergradient(self, val_batch: Any) -> tuple[list[Tensor], float, float, Statistics]:
+    def _hypergradient(
+        self, val_batch: Any, asked: Readings
+    ) -> tuple[list[Tensor], Reading[float], Reading[float], Statistics]:
+        """The hypergradient, the validation loss, the hypergradient's norm and the method's statistics."""
         training = self._training
         self._watch.check(self._number)
-        self._check_recorded()
-        with training.preserved():
-            validation = self._validation(val_batch)
-            gradients, statistics = self._recording.hypergradient(validation)
-        total = torch.stack([g.detach().double().square().sum().cpu() for g in gradients]).sum()
-        norm, val_loss = math.sqrt(float(total)), float(validation.loss)
-        if not math.isfinite(norm):
-            bad = [n for n, g in self._hyperparameters.named(gradients).items() if not g.isfinite().all()]
-            raise NonFiniteError(
-                f"The hypergradient of {', '.join(bad[:3])} is not finite, though every loss was. Adjoints that grow over the "
-                "window overflow: shorten it with Unrolled(truncation=...), lower the learning rate, or raise the "
-                "optimizer's eps. Nothing was changed."
-            )
+        with asked.before_errors():
+            self._check_recorded(asked)
+            with training.preserved():
+                validation, val_loss = self._validation(val_batch, asked)
+                gradients, statistics = self._recording.hypergradient(validation)
+        for found in vars(statistics).values():
+            asked.note(found)
+        squares = [g.detach().double().square().sum() for g in gradients]
+        norm = asked.ask(squares, partial(finite_norm, self._hyperparameters, gradients))
         return gradients, val_loss, norm, statistics
 
-    def _validation(self, val_batch: Any) -> Validation:
+    def _validation(self, val_batch: Any, asked: Readings) -> tuple[Validation, Reading[float]]:
         training, tensors = self._training, self._hyperparameters.loss_tensors
         with torch.enable_grad(), training.kernels(twice_differentiable=False):
             loss = self._val_loss(self.model, val_batch)
             check_loss(loss, "val_loss")
             found = autodiff.gradients([loss], [*training.trainable(), *tensors])
-        if not bool(loss.detach().isfinite()):
-            raise NonFiniteError(
-                f"The validation loss is {loss.item()} at the current weights, so it has no hypergradient. Weights that have "
-                "diverged need a lower learning rate; check the validation batch too. Nothing was changed."
-            )
+        val_loss = asked.ask([loss], finite_validation_loss)
         by_param = dict(zip(map(id, training.trainable()), found))
         first = len(training.trainable())
-        return Validation(loss.detach(), [by_param.get(id(p)) for p in training.params], found[first:])
+        return Validation(loss.detach(), [by_param.get(id(p)) for p in training.params], found[first:]), val_loss
 
     # ---- checks ---------------------------------------------------------------------------------------------------
 
-    def _check_recorded(self) -> None:
+    def _check_recorded(self, asked: Readings) -> None:
         steps = list(self._recording.steps())
         if not steps:
             raise TrajectoryError(
                 "There are no training steps to differentiate: none was taken since this HyperOptimizer was made, restarted "
                 "or took its last hyper step. Call step(batch) first."
             )
-        finite = torch.stack([step.loss.isfinite().to(steps[0].loss.device).reshape(()) for step in steps])
-        if not bool(finite.all()):
-            bad = steps[int((~finite).nonzero()[0])]
-            raise NonFiniteError(
-                f"The training loss was {bad.loss.item()} at training step {bad.number + 1}, so the steps after it have no "
-                "derivative. Lower the learning rate, clip gradients with grad_transform, or restart(). Nothing was changed."
-            )
-        flags = [(step.number, step.tampered) for step in steps if step.tampered is not None]
-        if flags and bool((found := torch.stack([flag for _, flag in flags])).any()):
-            raise TrajectoryError(tampering("a parameter", flags[int(found.nonzero()[0])][0]))
-        self._watch.check_values(self._number)
+        asked.ask([step.loss for step in steps], partial(check_losses, steps))
+        self._watch.check_values(steps, self._number, asked)
 
     def _begin_window(self) -> None:
         self._recording.clear()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from . import readings
 from .buckets import Bucket
 from .records import Surroundings
 from .vectors import aligned, has_views, laid_out_as, same_bits
@@ -20,10 +21,13 @@ class ModelState:
         modules: the model and every module that is tuned.
         params: the optimizer's parameters, in order.
         names: their names in the model.
+        tuned: the tuned tensors of the training loss.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], params: Sequence[Tensor], names: Sequence[str]) -> None:
-        self.params, self.names = list(params), list(names)
+    def __init__(
+        self, modules: Sequence[nn.Module], params: Sequence[Tensor], names: Sequence[str], tuned: Sequence[Tensor]
+    ) -> None:
+        self.params, self.names, self._tuned = list(params), list(names), list(tuned)
         self._modules = list(dict.fromkeys(m for root in modules for m in root.modules()))
         self._buffers = [(module, name) for module in self._modules for name in module._buffers]
         self._devices = sorted({p.device for p in self.params if p.device.type != "cpu"}, key=str)
@@ -49,7 +53,7 @@ class ModelState:
 
     def holds(self, buckets: Sequence[Bucket], params: Sequence[Tensor]) -> bool:
         """Whether the parameters have the values of the buckets' vectors. Only a CPU can tell without waiting."""
-        return not self._devices and all(
+        return all(map(readings.at_once, self.params)) and all(
             same_bits(self.params[i].detach(), piece)
             for bucket, param in zip(buckets, params)
             for i, piece in bucket.scatter(param)
@@ -145,11 +149,22 @@ class ModelState:
                     "after a hyper step; with method=Implicit after any step."
                 )
 
+    def memory(self) -> Iterator[Tensor]:
+        """Every tensor of the modules, and the optimizer's parameters."""
+        yield from self.params
+        for module in self._modules:
+            yield from (p for p in module._parameters.values() if p is not None)
+            yield from (b for b in module._buffers.values() if b is not None)
+        yield from self._tuned
+
+    def modes(self) -> tuple[bool, ...]:
+        """Train or eval mode of every module."""
+        return tuple(module.training for module in self._modules)
+
     def surroundings(self) -> Surroundings:
         """Random number generators and modes as they are now; equal ones share memory."""
         rng = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in self._devices)]
-        training = tuple(module.training for module in self._modules)
-        now = Surroundings(tuple(rng), training, tuple(p.requires_grad for p in self.params))
+        now = Surroundings(tuple(rng), self.modes(), tuple(p.requires_grad for p in self.params))
         if self._surroundings is None or self._surroundings != now:
             self._surroundings = now
         return self._surroundings
@@ -172,6 +187,6 @@ class ModelState:
 def _copy(buffer: Tensor | None, last: Tensor | None) -> Tensor | None:
     if buffer is None:
         return None
-    if last is not None and buffer.device.type == "cpu" and buffer.dtype == last.dtype and torch.equal(buffer, last):
+    if last is not None and readings.at_once(buffer) and buffer.dtype == last.dtype and torch.equal(buffer, last):
         return last
     return buffer.detach().clone()

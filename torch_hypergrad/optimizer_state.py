@@ -169,7 +169,7 @@ class OptimizerState:
         group = self.optimizer.param_groups[self._positions[i][0]]
         on_device = group.get("capturable") or group.get("fused") or isinstance(self.optimizer, torch.optim.ASGD)
         device = self.params[i].device if on_device else torch.device("cpu")
-        return torch.tensor(float(step), dtype=torch.float32 if group.get("fused") else scalar_dtype(), device=device)
+        return torch.full((), float(step), dtype=torch.float32 if group.get("fused") else scalar_dtype(), device=device)
 
 
 def _joined_scalars(bucket: Bucket, held: Mapping[int, Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from . import readings
 from .buckets import Bucket
 from .tuned import TunedSetting
 
@@ -97,3 +98,16 @@ class Step:
 def versions_of(batch: Any) -> tuple[int, ...]:
     """The version counters of all tensors in ``batch``, a pytree."""
     return tuple(leaf._version for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and not leaf.is_inference())
+
+
+def differs(state: State, other: State) -> Tensor:
+    """Whether any parameter differs, as a bool tensor; no synchronization. NaN equals NaN."""
+    flags = [differ(a, b) for a, b in zip(state.params, other.params)]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
+
+
+def differ(a: Tensor, b: Tensor) -> Tensor:
+    """The same for two tensors of one shape."""
+    if readings.at_once(a) and torch.equal(a, b):
+        return torch.tensor(False)
+    return ((a != b) & ~(a.isnan() & b.isnan())).any()

@@ -7,13 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from . import autodiff
+from .buckets import as_list
+from .capture import Captured
 from .records import State, Step
 from .training import Training
 from .vectors import norm
@@ -95,6 +97,33 @@ class FirstOrder(TracedGradient):
         return _pulled(training, training.transform(raw, keep=True), adj_grads, inputs=raw)
 
 
+class Replayed(FirstOrder):
+    """Double backward as one function of parameters, batch and direction, recorded once and replayed. Exact."""
+
+    def __init__(self, captured: Captured, training: Training, step: Step, state: State) -> None:
+        super().__init__(training, step, state)
+        self._captured = captured
+
+    def products(self, direction: Tensors) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        training, state = self._training, self._state
+        if state.buffers is not None:
+            training.model_state.set_buffers(state.buffers)
+        training.return_to(self._step)
+        values = as_list(state.buckets, state.params, len(training.params))
+        return self._captured((values, self._step.batch, list(direction)))
+
+
+def double_backward(training: Training, inputs: Any) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The products with the derivative of the gradient, in the current surroundings: of the parameters' values, a batch
+    and a direction."""
+    values, batch, direction = inputs
+    before = training.model_state.point_to(values)
+    try:
+        return _pulled(training, training.gradients(batch, create_graph=True)[1], direction)
+    finally:
+        training.model_state.point_back(before)
+
+
 class Forward(FirstOrder):
     """Forward over reverse: the gradient computed with dual numbers. Exact, and keeps no graph of a gradient."""
 
@@ -136,7 +165,7 @@ class StepSize:
             errors = [_disagreement(difference(step), difference(2 * step)) for step in (unit ** (1 / 3), self.WIDE)]
             narrow = errors[0] <= errors[1]
             self.error = torch.where(narrow, errors[0], errors[1])
-            self.relative = torch.where(narrow, unit ** (1 / 3), self.WIDE)
+            self.relative = torch.full_like(self.error, self.WIDE).masked_fill(narrow, unit ** (1 / 3))
         return self.relative
 
 
@@ -157,7 +186,7 @@ class FiniteDifference(FirstOrder):
 
     def products(self, direction: Tensors) -> tuple[list[Tensor | None], list[Tensor | None]]:
         length = norm(direction)
-        scale = (1 + norm(self._state.params)) / torch.where(length > 0, length, 1)
+        scale = (1 + norm(self._state.params)) / length.masked_fill(~(length > 0), 1)
         unit = max(torch.finfo(param.dtype).eps for param in self._state.params)
         relative = self._step_size.choose(unit, lambda step: self._difference(direction, step * scale))
         found, num_params = self._difference(direction, relative * scale), len(self._training.params)
@@ -211,6 +240,14 @@ class MeanGradient:
         return self._traced[0].error
 
 
+def way_of(training: Training, second_order: SecondOrder) -> Callable[[], Way]:
+    """What begins a sweep: how its gradients are traced, with products that are recorded if the training captures."""
+    captured = training.captured(partial(double_backward, training), "the product with the training gradient's derivative")
+    if captured is None or second_order != "reverse":
+        return partial(way, second_order)
+    return lambda: partial(Replayed, captured)
+
+
 def check_second_order(value: object, owner: str) -> None:
     """Refuses anything but the name of a way.
 
@@ -253,7 +290,7 @@ def _means(every: Sequence[Tensors]) -> list[Tensor | None]:
 def _disagreement(a: Tensors, b: Tensors) -> Tensor:
     pairs = [(x, y) for x, y in zip(a, b) if x is not None and y is not None]
     length = norm([y for _, y in pairs])
-    return norm([x - y for x, y in pairs]) / torch.where(length > 0, length, 1)
+    return norm([x - y for x, y in pairs]) / length.masked_fill(~(length > 0), 1)
 
 
 def _tangents(duals: Tensors) -> list[Tensor | None]:

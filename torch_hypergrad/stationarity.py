@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import autodiff
+from . import autodiff, readings
 from .buckets import as_list
 from .curvature import Pull
 from .errors import SolverError
@@ -147,7 +147,10 @@ def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _number_if_equal(diagonal: Tensor) -> Tensor | float:
-    return float(diagonal[0]) if len(diagonal) and bool((diagonal == diagonal[0]).all()) else diagonal
+    """A number multiplies without being read for each entry; to know takes waiting for the device."""
+    if not readings.at_once(diagonal) or not len(diagonal):
+        return diagonal
+    return float(diagonal[0]) if bool((diagonal == diagonal[0]).all()) else diagonal
 
 
 def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:

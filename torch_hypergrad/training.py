@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from . import autodiff
 from .buckets import Bucket, as_list
+from .capture import Captured, recorder_for
 from .errors import TrajectoryError
 from .host_memory import keep_freed_memory
 from .hyperparameter_set import HyperparameterSet
@@ -33,6 +34,7 @@ class Training:
         twice_differentiable: take every step with kernels that can be differentiated twice, so that a step taken
             again has the very same gradient and the same dropout masks.
         keeps_graphs: graphs made inside :meth:`at` outlive the step, so that writing may not look like a change to autograd.
+        captures: record the gradient of a step once and replay it as a whole, where that is possible.
     """
 
     def __init__(
@@ -47,13 +49,14 @@ class Training:
         *,
         twice_differentiable: bool,
         keeps_graphs: bool,
+        captures: bool = False,
     ) -> None:
         self.model, self.rule, self.hyperparameters = model, rule, hyperparameters
         self.train_loss, self.grad_transform = train_loss, grad_transform
         per_element = [any(t.spec.per == "element" for t in tuned) for tuned in hyperparameters.of_group]
         self.optimizer_state = OptimizerState(optimizer, rule, per_element)
         self.params = self.optimizer_state.params
-        self.model_state = ModelState([model, *hyperparameters.modules], self.params, names)
+        self.model_state = ModelState([model, *hyperparameters.modules], self.params, names, hyperparameters.loss_tensors)
         self._optimizer = optimizer
         keep_freed_memory()
         self._keeps_graphs = keeps_graphs
@@ -61,6 +64,9 @@ class Training:
         self._settings: tuple[dict[str, Any], ...] = ()
         self._written: State | None = None
         self._inspected = self._looked_at_loss = False
+        self.captures = captures
+        self._recorder = recorder_for(self.params) if captures else None
+        self._plain_gradients = self.captured(self._eager_gradients, "the training gradient") or self._eager_gradients
 
     # ---- the model and the wrapped optimizer, as they stand -------------------------------------------------------
 
@@ -198,6 +204,16 @@ class Training:
             grads[i] = g
         return loss, grads, found[len(trainable) :]
 
+    def captured(self, function: Callable[[Any], Any], name: str) -> Captured | None:
+        """A function of tensors and of the model, to be recorded and replayed; None where nothing is recorded."""
+        if self._recorder is None:
+            return None
+        return Captured(function, self.model_state.memory, self.model_state.modes, self._recorder, name)
+
+    def _eager_gradients(self, batch: Any) -> tuple[Tensor, list[Tensor | None]]:
+        loss, grads, _ = self.gradients(batch)
+        return loss.detach(), grads
+
     def transform(self, grads: Sequence[Tensor | None], *, keep: bool = False) -> list[Tensor | None]:
         """The gradients as the update rule gets them.
 
@@ -240,9 +256,13 @@ class Training:
         self, step: Step, *, create_graph: bool, also: Sequence[Tensor] = ()
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """:meth:`gradients` on a recorded step's batch, in its surroundings, at the model's current weights."""
+        self.return_to(step)
+        return self.gradients(step.batch, create_graph=create_graph, also=also)
+
+    def return_to(self, step: Step) -> None:
+        """Brings back a recorded step's surroundings, and refuses a batch that was changed."""
         self.check_batch(step)
         self.model_state.set_surroundings(step.surroundings)
-        return self.gradients(step.batch, create_graph=create_graph, also=also)
 
     def check_batch(self, step: Step) -> None:
         """Refuses a step whose batch is not what it was.
@@ -262,7 +282,7 @@ class Training:
     ) -> tuple[Step, State, tuple[Tensor | None, ...] | None]:
         """Takes ``step`` from the current state: the step with what came out of it, the state after it, and the gradients
         before any transformation if they are to be kept."""
-        loss, grads, _ = self.gradients(step.batch)
+        loss, grads = self._plain_gradients(step.batch)
         step = self.finish(step, loss, grads)
         after = self.advance(state, self.transform(grads, keep=keep_grads), step)
         return step, after, tuple(grads) if keep_grads else None
@@ -274,7 +294,7 @@ class Training:
 
     def take_with_optimizer(self, step: Step) -> Step:
         """Takes ``step`` by the wrapped optimizer itself, at its own speed; no state of it can be recorded."""
-        loss, grads, _ = self.gradients(step.batch)
+        loss, grads = self._plain_gradients(step.batch)
         grads = self.transform(grads)
         groups, before = self._optimizer.param_groups, [p.grad for p in self.params]
         untuned = [dict(group) for group in groups]

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .offload import Offload, Parked
 from .records import State, Step, Surroundings, versions_of
 from .training import Training
 
@@ -28,15 +27,17 @@ class Trajectory:
 
     def __init__(self, training: Training, truncation: int | None, max_snapshots: int | None, offload: str | None) -> None:
         self._training, self._truncation, self._max_snapshots = training, truncation, max_snapshots
-        self._offload = offload is not None
-        self._steps: dict[int, Step | Offloaded] = {}
-        self._snapshots: dict[int, State | Offloaded] = {}
+        self._offload = None if offload is None else Offload()
+        self._steps: dict[int, Step | Parked] = {}
+        self._snapshots: dict[int, State | Parked] = {}
         self.clear()
 
     def clear(self) -> None:
         """Forgets every step."""
         self._steps.clear()
         self._snapshots.clear()
+        if self._offload is not None:
+            self._offload.settle()
         self._end = 0
         self._stride = 1
         if self._truncation is not None and self._max_snapshots is not None:
@@ -57,14 +58,15 @@ class Trajectory:
     def record(self, step: Step, state: State) -> None:
         """Appends a step and, if it was wanted, the state before it."""
         if self.wants_state():
-            self._snapshots[self._end] = _offloaded_state(state) if self._offload else state
-        self._steps[self._end] = _offloaded_step(step) if self._offload else step
+            self._keep_state(self._end, state)
+        self._keep_step(self._end, step)
         self._end += 1
         self._forget_truncated()
 
     def steps(self) -> Iterator[Step]:
-        """The steps that count, first step first."""
-        return (_step(self._steps[t]) for t in range(self._end - len(self), self._end))
+        """The steps that count, first step first; without batches where these were moved away."""
+        kept = (self._steps[t] for t in range(self._end - len(self), self._end))
+        return (step.rest if isinstance(step, Parked) else step for step in kept)
 
     def backward(self) -> Iterator[tuple[Step, State]]:
         """Each step that counts and the state before it, last step first.
@@ -73,7 +75,13 @@ class Trajectory:
         states are set aside so that as few steps as possible are taken again: binomial checkpointing (Griewank and
         Walther 2000, "Revolve").
         """
-        budget = self._max_snapshots or 0
+        try:
+            yield from self._backward(self._max_snapshots or 0)
+        finally:
+            if self._offload is not None:
+                self._offload.drop_fetched()
+
+    def _backward(self, budget: int) -> Iterator[tuple[Step, State]]:
         aside: list[tuple[int, State]] = []
         kept = list(self._snapshots)
         for t in reversed(range(self._end - len(self), self._end)):
@@ -84,15 +92,50 @@ class Trajectory:
             at, state = aside[-1] if aside else (kept[-1], self._snapshot(kept[-1]))
             while at < t:
                 for _ in range(next_snapshot(t - at + 1, budget - len(aside))):
-                    state = self._training.replay(_step(self._steps[at]), state)
+                    step = self._step(at)
+                    self._fetch(self._steps[at + 1])
+                    state = self._training.replay(step, state)
                     at += 1
                 if at < t:
                     aside.append((at, state))
-            yield _step(self._steps[t]), state
+            step = self._step(t)
+            if t > self._end - len(self):
+                self._fetch(self._steps[t - 1])
+                if kept[-1] == t:
+                    self._fetch(self._snapshots[kept[-2]])
+            yield step, state
+
+    def _keep_state(self, t: int, state: State) -> None:
+        if self._offload is None:
+            self._snapshots[t] = state
+        else:
+            tree = (state.params, state.rule_states, state.buffers, state.grads)
+            self._snapshots[t] = self._offload.park(tree, state.buckets)
 
     def _snapshot(self, t: int) -> State:
         kept = self._snapshots[t]
-        return kept.restored() if isinstance(kept, Offloaded) else kept
+        if not isinstance(kept, Parked) or self._offload is None:
+            return kept  # type: ignore[return-value]
+        return State(kept.rest, *self._offload.restored(kept))
+
+    def _keep_step(self, t: int, step: Step) -> None:
+        if self._offload is None or not self._offload.moves(step.batch):
+            self._steps[t] = step
+        else:
+            # The batch is the user's, who may fill it anew at once: it is copied as a part of the computation.
+            self._steps[t] = self._offload.park(step.batch, replace(step, batch=None), beside=False)
+
+    def _step(self, t: int) -> Step:
+        kept = self._steps[t]
+        if not isinstance(kept, Parked) or self._offload is None:
+            return kept  # type: ignore[return-value]
+        batch = self._offload.restored(kept)
+        return replace(kept.rest, batch=batch, versions=versions_of(batch))
+
+    def _fetch(self, kept: Step | State | Parked) -> None:
+        """Starts to bring back what will be needed next."""
+        if isinstance(kept, Parked) and self._offload is not None:
+            self._offload.fetch(kept)
 
     def _forget_truncated(self) -> None:
         if self._truncation is None:
@@ -107,7 +150,7 @@ class Trajectory:
         return {
             "end": self._end,
             "stride": self._stride,
-            "steps": {t: pack_step(_step(step)) for t, step in self._steps.items()},
+            "steps": {t: pack_step(self._step(t)) for t in self._steps},
             "snapshots": {t: pack_state(self._snapshot(t)) for t in self._snapshots},
         }
 
@@ -115,11 +158,9 @@ class Trajectory:
         """Takes over what :meth:`state_dict` gave."""
         self.clear()
         for t, packed in saved["steps"].items():
-            step = unpack_step(packed)
-            self._steps[t] = _offloaded_step(step) if self._offload else step
+            self._keep_step(t, unpack_step(packed))
         for t, packed in saved["snapshots"].items():
-            state = unpack_state(packed, self._training)
-            self._snapshots[t] = _offloaded_state(state) if self._offload else state
+            self._keep_state(t, unpack_state(packed, self._training))
         self._end, self._stride = saved["end"], saved["stride"]
 
 
@@ -135,51 +176,6 @@ def next_snapshot(num_states: int, num_free: int) -> int:
     while math.comb(num_free + 1 + repeats, repeats) < num_states:
         repeats += 1
     return min(math.comb(num_free + repeats, repeats - 1), num_states - math.comb(num_free + repeats - 1, repeats - 1))
-
-
-class Offloaded:
-    """Something whose tensors have been moved to CPU memory, and how to bring it back."""
-
-    def __init__(self, rest: Any, tree: Any) -> None:
-        self._rest = rest
-        leaves, self._spec = tree_flatten(tree)
-        self._devices = [leaf.device if isinstance(leaf, Tensor) else None for leaf in leaves]
-        self._leaves = [_to_cpu(leaf) for leaf in leaves]
-
-    def restored(self) -> Any:
-        """The thing itself, on the devices it came from."""
-        leaves = [
-            leaf if device is None else leaf.to(device, non_blocking=True) for leaf, device in zip(self._leaves, self._devices)
-        ]
-        return self._rest(tree_unflatten(leaves, self._spec))
-
-
-def _to_cpu(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor) or leaf.device.type == "cpu":
-        return leaf
-    pinned = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=leaf.device.type == "cuda")
-    return pinned.copy_(leaf, non_blocking=leaf.device.type == "cuda")
-
-
-def _offloaded_state(state: State) -> Offloaded:
-    buckets = state.buckets
-    tree = (state.params, state.rule_states, state.buffers, state.grads)
-    return Offloaded(lambda moved: State(buckets, *moved), tree)
-
-
-def _offloaded_step(step: Step) -> Offloaded | Step:
-    if all(not isinstance(leaf, Tensor) or leaf.device.type == "cpu" for leaf in tree_flatten(step.batch)[0]):
-        return step
-    bare = replace(step, batch=None)
-
-    def restore(batch: Any) -> Step:
-        return replace(bare, batch=batch, versions=versions_of(batch))
-
-    return Offloaded(restore, step.batch)
-
-
-def _step(kept: Step | Offloaded) -> Step:
-    return kept.restored() if isinstance(kept, Offloaded) else kept
 
 
 def pack_state(state: State) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .methods import Statistics
+from .readings import settled
 
 MAX_AMPLIFIED_ROUNDING = 1e-3
 """Growth of adjoints times machine epsilon, above which the number itself may be wrong."""
@@ -22,15 +23,18 @@ MAX_ERROR = 0.5
 
 def warnings_of(statistics: Statistics, params: Sequence[Tensor]) -> list[str]:
     """Sentences about why a hypergradient should not be trusted; empty if nothing speaks against it."""
-    found = [] if statistics.adjoint_growth is None else _growth_warnings(statistics.adjoint_growth, params)
-    if statistics.product_error is not None and not statistics.product_error <= MAX_ERROR:
+    growth: float | None = settled(statistics.adjoint_growth)
+    error: float | None = settled(statistics.product_error)
+    residual: float | None = settled(statistics.residual)
+    found = [] if growth is None else _growth_warnings(growth, params)
+    if error is not None and not error <= MAX_ERROR:
         found.append(
-            f"Products by finite differences may be off by {statistics.product_error:.0%}: with two step lengths they differ "
+            f"Products by finite differences may be off by {error:.0%}: with two step lengths they differ "
             "by as much, as they do where gradients jump (ReLU, max-pooling). Use second_order='reverse' or 'forward'."
         )
-    if statistics.residual is not None and not statistics.residual <= MAX_ERROR:
+    if residual is not None and not residual <= MAX_ERROR:
         found.append(
-            f"The linear solve left {statistics.residual:.0%} of its right-hand side unsolved, so the hypergradient is far "
+            f"The linear solve left {residual:.0%} of its right-hand side unsolved, so the hypergradient is far "
             "from that of the implicit function theorem. Take more terms or steps, or another solver."
         )
     return found

@@ -91,8 +91,8 @@ class TunedSetting:
         """Gives the leaf the gradient that belongs to ``gradient``, which is with respect to the values."""
         self.leaf.grad = gradient * self.values() if self.spec.log else gradient.clone()
 
-    def project(self) -> int:
-        """Moves the values into the bounds and says how many had to move."""
+    def project(self) -> Tensor:
+        """Moves the values into the bounds and counts how many had to move."""
         self._laid_out.clear()
         low, high = self.low, self.high
         if self.spec.log:
@@ -100,7 +100,7 @@ class TunedSetting:
         with torch.no_grad():
             clipped = ((self.leaf < low) | (self.leaf > high)).sum()
             self.leaf.clamp_(low, high)
-        return int(clipped)
+        return clipped
 
     def for_bucket(self, bucket: Bucket, step: int) -> Tensor:
         """The values as the rule gets them."""
@@ -176,9 +176,9 @@ class TunedTensor:
         """Gives the tensor its gradient."""
         self.leaf.grad = gradient.clone()
 
-    def project(self) -> int:
+    def project(self) -> Tensor:
         """No bounds."""
-        return 0
+        return torch.zeros((), dtype=torch.int64, device=self.leaf.device)
 
     def zero_adjoint(self) -> Tensor:
         """A total to sum adjoints in."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from functools import partial
+
 from torch import Tensor
 
+from . import readings
 from .errors import TrajectoryError
-from .records import State
+from .readings import Readings
+from .records import State, Step, differ, differs
 from .training import Training
 
 
@@ -52,18 +56,32 @@ class Watch:
         if all(a is b for a, b in zip(state.params, self._written.params)):
             return None
         tampered = differs(state, self._written)
-        if tampered.device.type == "cpu" and bool(tampered):
+        if readings.at_once(tampered) and bool(tampered):
             raise TrajectoryError(tampering("a parameter", number))
         return tampered
 
-    def check_values(self, number: int) -> None:
-        """As :meth:`check`, by values. Waits for the device."""
+    def check_values(self, steps: Sequence[Step], number: int, asked: Readings) -> None:
+        """As :meth:`check`, by values: those found at ``steps``, and those that are there before step ``number``."""
+        flags = [(step.number, step.tampered) for step in steps if step.tampered is not None]
         tampered = self.compare(self._training.capture(), number)
-        if tampered is not None and bool(tampered):
-            raise TrajectoryError(tampering("a parameter", number))
+        if tampered is not None:
+            flags.append((number, tampered))
+        if flags:
+            asked.ask([flag for _, flag in flags], partial(_refuse, "a parameter", [at for at, _ in flags]))
         for tuned, before in zip(self._hyperparameters.tensors, self._tensors):
-            if not torch.equal(tuned.values(), before):
-                raise TrajectoryError(tampering(f"the hyperparameter {tuned.label!r}", number))
+            asked.ask([differ(tuned.values(), before)], partial(_refuse, f"the hyperparameter {tuned.label!r}", [number]))
+
+    def hyperparameters_restored(self) -> None:
+        """Takes the hyperparameters as they are now for unchanged: a hyper step that failed has put them back."""
+        if self._written is not None:
+            self._versions = self._hyperparameters.versions()
+
+
+def _refuse(what: str, numbers: Sequence[int], flags: Sequence[float]) -> None:
+    """Refuses the first step whose flag is up."""
+    for number, flag in zip(numbers, flags):
+        if flag:
+            raise TrajectoryError(tampering(what, number))
 
 
 def tampering(what: str, number: int) -> str:
@@ -74,15 +92,3 @@ def tampering(what: str, number: int) -> str:
         "restart(), which end the window, or compute it in the training loss or grad_transform; with method=Implicit weights "
         "may be changed at any time."
     )
-
-
-def differs(state: State, other: State) -> Tensor:
-    """Whether any parameter differs, as a bool tensor; no synchronization. NaN equals NaN."""
-    flags = [_differ(a, b) for a, b in zip(state.params, other.params)]
-    return torch.stack([flag.to(flags[0].device) for flag in flags]).any()
-
-
-def _differ(a: Tensor, b: Tensor) -> Tensor:
-    if a.device.type == "cpu" and torch.equal(a, b):
-        return torch.tensor(False)
-    return ((a != b) & ~(a.isnan() & b.isnan())).any()

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..hyperparameter_set import HyperparameterSet
+from ..readings import Reading
 from ..records import State, Step
 from ..training import Training
 from ..updates import UpdateRule
@@ -32,7 +33,8 @@ class Validation:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a method reports about a hypergradient; None stands for what it does not have.
+    """What a method reports about a hypergradient; None stands for what it does not have, and a reading for a number
+    that is still on its way from the device.
 
     Args:
         num_matvecs: products with the Jacobian of the stationarity, those of power iterations included.
@@ -42,9 +44,9 @@ class Statistics:
     """
 
     num_matvecs: int | None = None
-    residual: float | None = None
-    product_error: float | None = None
-    adjoint_growth: float | None = None
+    residual: float | Reading[Any] | None = None
+    product_error: float | Reading[Any] | None = None
+    adjoint_growth: float | Reading[Any] | None = None
 
 
 class Recording(ABC):

@@ -133,7 +133,7 @@ class ForwardRecording(Recording):
 
     def _unit(self, direction: Direction) -> Tensor:
         unit = torch.zeros_like(self._hyperparameters.all[direction.tuned].leaf.detach())
-        unit.view(-1)[direction.entry] = 1
+        unit.view(-1).narrow(0, direction.entry, 1).fill_(1)
         return unit
 
     def _unit_tensors(self, direction: Direction) -> list[Tensor | None]:

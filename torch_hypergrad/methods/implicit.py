@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..curvature import BatchGraph, GradientGraph, captured_outputs
 from ..hyperparameter_set import HyperparameterSet
+from ..readings import Readings, now_or_later
 from ..records import State, Step
 from ..second_order import MeanGradient, SecondOrder, check_second_order
 from ..solvers import SolveInfo, Solver
@@ -165,7 +166,8 @@ class ImplicitRecording(Recording):
                 total += part
         gradients = [-g for g in hyperparameters.reduce(totals)]
         error = graph.error if isinstance(graph, MeanGradient) else None
-        statistics = Statistics(info.num_matvecs, info.residual, None if error is None else float(error))
+        product_error = None if error is None else now_or_later([error], lambda numbers: numbers[0])
+        statistics = Statistics(info.num_matvecs, info.residual, product_error)
         return add_direct(hyperparameters, gradients, validation), statistics
 
     def _gradient_graph(self) -> GradientGraph:
@@ -188,6 +190,9 @@ class ImplicitRecording(Recording):
         q = y.mul_(scale)
         if info.residual is None:
             return q, info
-        residual, norm = (b - matvec(q)).sub_(diagonal * q, alpha=info.damping).norm(), b.norm()
-        relative = float(residual / norm) if norm > 0 else 0.0
+        asked = Readings()
+        asked.note(info.residual)
+        asked.read()  # what the solver found wrong comes first
+        norms = [(b - matvec(q)).sub_(diagonal * q, alpha=info.damping).norm(), b.norm()]
+        relative = now_or_later(norms, lambda found: found[0] / found[1] if found[1] > 0 else 0.0)
         return q, replace(info, num_matvecs=info.num_matvecs + 1, residual=relative)

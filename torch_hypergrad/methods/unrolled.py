@@ -12,8 +12,9 @@ from torch import Tensor
 from ..adjoint import Adjoint, merged
 from ..buckets import as_list
 from ..hyperparameter_set import HyperparameterSet
+from ..readings import now_or_later
 from ..records import State, Step
-from ..second_order import Reverse, SecondOrder, TracedGradient, check_second_order, way
+from ..second_order import Reverse, SecondOrder, TracedGradient, check_second_order, way_of
 from ..training import Training
 from ..trajectory import Trajectory
 from ..update_adjoint import UpdateAdjoint, pull_update
@@ -48,7 +49,7 @@ class Unrolled(Method):
             the loss without a graph are constants with ``"reverse"`` alone (see ``docs/notation.md``).
 
     Memory: ``(1 + number of state vectors) x parameters x snapshots``, and one step's graph; one vector more for each
-    snapshot, its gradient, where ``second_order`` is not ``"reverse"`` and every state is kept.
+    snapshot, its gradient, where every state is kept and ``second_order`` is not ``"reverse"`` or steps are captured.
     Time: a replayed step costs a gradient with graph and one double backward; by finite differences two gradients.
 
     Raises:
@@ -109,10 +110,11 @@ class UnrolledRecording(Recording):
     def __init__(self, training: Training, method: Unrolled) -> None:
         self._training = training
         self._trajectory = Trajectory(training, method.truncation, method.max_snapshots, method.offload)
-        self._second_order, self._max_graphs = method.second_order, method.max_graphs
+        self._way, self._max_graphs = way_of(training, method.second_order), method.max_graphs
         if method.max_graphs is not None and method.truncation is not None:
             self._max_graphs = min(method.max_graphs, method.truncation)
-        self._keeps_grads = method.second_order != "reverse" and method.max_snapshots is None
+        exact_and_eager = method.second_order == "reverse" and not training.captures
+        self._keeps_grads = not exact_and_eager and method.max_snapshots is None and method.max_graphs is None
         self._graphs: dict[int, TracedGradient] = {}
 
     def take(self, step: Step, state: State | None) -> tuple[Step, State]:
@@ -151,7 +153,7 @@ class UnrolledRecording(Recording):
         totals = hyperparameters.zero_adjoints()
         adjoint = self._final_adjoint(validation)
         largest = last = norm(adjoint.params)
-        trace_gradient, error = way(self._second_order), None
+        trace_gradient, error = self._way(), None
         for step, state in self._trajectory.backward():
             self._training.check_batch(step)
             gradient = self._graphs.pop(step.number, None) or trace_gradient(self._training, step, state)
@@ -162,8 +164,9 @@ class UnrolledRecording(Recording):
             if fine is not state:
                 adjoint = merged(adjoint, state, len(self._training.params))
         gradients = add_direct(hyperparameters, hyperparameters.reduce(totals), validation)
-        growth = float(largest / last) if last else 1.0
-        return gradients, Statistics(product_error=None if error is None else float(error), adjoint_growth=growth)
+        growth = now_or_later([largest, last], lambda norms: norms[0] / norms[1] if norms[1] else 1.0)
+        product_error = None if error is None else now_or_later([error], lambda numbers: numbers[0])
+        return gradients, Statistics(product_error=product_error, adjoint_growth=growth)
 
     def _final_adjoint(self, validation: Validation) -> Adjoint:
         params = self._training.params

@@ -6,12 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..errors import SolverError
+from ..readings import Reading
 
 Matvec: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -22,12 +23,13 @@ class SolveInfo:
 
     Args:
         num_matvecs: products with ``A``.
-        residual: norm of ``b - A x`` over the norm of ``b``, damping included in ``A``; None where not computed.
+        residual: norm of ``b - A x`` over the norm of ``b``, damping included in ``A``; None where not computed. Where it
+            is on a device, a reading, which raises the solver's errors when it is read.
         damping: what was added to the diagonal of ``A``.
     """
 
     num_matvecs: int
-    residual: float | None
+    residual: float | Reading[Any] | None
     damping: float = 0.0
 
 
@@ -121,8 +123,12 @@ class IndefiniteError(Exception):
 
 
 def check_finite(b: Tensor) -> float:
-    """The norm of the right-hand side; refuses one that is not finite."""
-    norm = float(b.norm())
+    """The norm of the right-hand side; refuses one that is not finite. Waits for the device."""
+    return check_norm(float(b.norm()))
+
+
+def check_norm(norm: float) -> float:
+    """Refuses a norm of the right-hand side that is not finite."""
     if not math.isfinite(norm):
         raise SolverError(
             f"The gradient of the validation loss has norm {norm}: there is nothing to solve for. Look for a validation "

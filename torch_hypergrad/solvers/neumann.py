@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import readings
 from ..errors import SolverError
-from .base import Matvec, SolveInfo, Solver, check_finite, check_number, check_positive_int, damped
+from ..readings import Reading, now_or_later
+from .base import Matvec, SolveInfo, Solver, check_norm, check_number, check_positive_int, damped
 
 NUM_POWER_ITERATIONS = 8
 
@@ -50,24 +52,36 @@ class Neumann(Solver):
             check_number(self.scale, "Neumann: scale", positive=True)
 
     def solve(self, matvec: Matvec, b: Tensor) -> tuple[Tensor, SolveInfo]:
-        norm = check_finite(b)
         matvec = damped(matvec, self.damping)
         scale = 1 / largest_eigenvalue(matvec, b) if self.scale is None else self.scale
-        step = torch.as_tensor(-scale, dtype=b.dtype, device=b.device)
+        step = b.new_ones(()).mul_(scale).neg_()
         x, term = torch.zeros_like(b), b.clone()
         for _ in range(self.num_terms):
             x.add_(term)
             term.addcmul_(matvec(term), step)
-        residual = float(term.norm()) / norm if norm > 0 else 0.0
-        if not math.isfinite(scale := float(scale)):
+        num_matvecs = self.num_terms + (NUM_POWER_ITERATIONS if self.scale is None else 0)
+        norms = [b.norm(), term.norm(), *([scale] if isinstance(scale, Tensor) else [])]
+        residual: float | Reading[float] = now_or_later(norms, self._residual)
+        return x.mul_(scale), SolveInfo(num_matvecs, residual, self.damping)
+
+    def _residual(self, numbers: list[float]) -> float:
+        """The relative residual from the norms of b and of the residual, and the scale if it was estimated.
+
+        Raises:
+            SolverError: if the series had no limit, or has not come nearer to it.
+        """
+        norm, size, *estimated = numbers
+        scale = estimated[0] if self.scale is None else self.scale
+        check_norm(norm)
+        residual = size / norm if norm > 0 else 0.0
+        if not math.isfinite(scale):
             raise SolverError(
                 "Neumann: the training Hessian, with decay and damping, is zero, and has no inverse. The training loss is "
                 "flat or linear here: add weight decay or damping."
             )
         if not math.isfinite(residual) or residual > 1.0 + 1e-6:
             raise SolverError(self._divergence(residual, scale))
-        num_matvecs = self.num_terms + (NUM_POWER_ITERATIONS if self.scale is None else 0)
-        return x.mul_(scale), SolveInfo(num_matvecs, residual, self.damping)
+        return residual
 
     def _divergence(self, residual: float, scale: float) -> str:
         return (
@@ -81,8 +95,9 @@ class Neumann(Solver):
 def largest_eigenvalue(matvec: Matvec, like: Tensor) -> Tensor:
     """The largest absolute eigenvalue by power iteration, from a fixed random start: a lower bound. No
     synchronization, and the global random number generators are not touched."""
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    device = torch.device("cpu") if readings.at_once(like) else like.device  # what comes from elsewhere has to be waited for
+    generator = torch.Generator(device).manual_seed(0)
+    v = torch.randn(like.shape, generator=generator, dtype=torch.float64, device=device).to(like)
     size = v.norm()
     for _ in range(NUM_POWER_ITERATIONS):
         v = matvec(v / size.clamp(min=torch.finfo(like.dtype).tiny))

@@ -88,7 +88,7 @@ def pull_adam(
     adj_ratio = (adj_param * -step_size).div_(denominator)
     # d denominator / d exp_avg_sq = 1 / (2 root bias_correction2), taken as 0 where the root is 0: see autodiff.sqrt.
     root = exp_avg_sq.sqrt_().mul_(2 * (1 - beta2**step) ** 0.5)
-    adj_sq = torch.where(root == 0, 0.0, (adj_ratio * ratio).neg_().div_(root))
+    adj_sq = (adj_ratio * ratio).neg_().div_(root).masked_fill_(root == 0, 0.0)
     adj_avg = adj_ratio if "exp_avg" not in adj_state else adj_ratio.add_(adj_state["exp_avg"])
     adj_sq = adj_sq if "exp_avg_sq" not in adj_state else adj_sq.add_(adj_state["exp_avg_sq"])
     adj_grad = (adj_sq * decayed_grad).mul_(2 * (1 - beta2)).add_(adj_avg, alpha=1 - beta1)
@@ -205,12 +205,12 @@ def radam_factors(exp_avg_sq: Tensor, step: int, settings: Settings) -> tuple[Te
         if not rectified:
             return 1.0, 1.0
     else:
-        rho = torch.where(rectified, rho, 6.0)
-        rho_inf = torch.where(rectified, rho_inf, 6.0)
+        rho = rho.masked_fill(~rectified, 6.0)
+        rho_inf = rho_inf.masked_fill(~rectified, 6.0)
     rect = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
     adaptive = bias_correction2**0.5 / (sqrt(exp_avg_sq) + settings["eps"])
     if isinstance(rho, Tensor):
-        return torch.where(rectified, adaptive, 1.0), torch.where(rectified, rect, 1.0)
+        return adaptive.masked_fill(~rectified, 1.0), rect.masked_fill(~rectified, 1.0)
     return adaptive, rect
 
 

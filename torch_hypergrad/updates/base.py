@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import readings
+
 State: TypeAlias = dict[str, Any]
 """What the rule keeps for its parameters, under torch's own names: tensors, and ``"step"`` as an int."""
 
@@ -173,6 +175,12 @@ def adjoint_of(setting: float | Tensor, *factors: Tensor) -> Tensor:
     return product.sum() if not isinstance(setting, Tensor) or setting.ndim == 0 else product
 
 
+def beside(setting: float | Tensor, like: Tensor) -> Tensor:
+    """The setting as a tensor with the dtype and on the device of ``like``. Filled in there: what is brought there has
+    to be waited for."""
+    return setting.to(like) if isinstance(setting, Tensor) else torch.full((), setting, dtype=like.dtype, device=like.device)
+
+
 def signed(grad: Tensor, settings: Settings) -> Tensor:
     """The gradient of what is minimized."""
     return -grad if settings["maximize"] else grad
@@ -200,12 +208,12 @@ def scalar_tensor(value: float | Tensor, like: Tensor | None = None) -> Tensor:
     device = torch.device("cpu") if like is None else like.device
     if isinstance(value, Tensor):
         return value.to(scalar_dtype())
-    return torch.tensor(value, dtype=scalar_dtype(), device=device)
+    return torch.full((), value, dtype=scalar_dtype(), device=device)
 
 
 def scalar_value(value: Tensor, param: Tensor) -> float | Tensor:
     """A number where that costs no synchronization and loses no derivative, else a tensor in which ``param`` keeps its
     dtype: float64 for one number, and ``param``'s own dtype for one number for each entry."""
-    if value.ndim == 0 and value.device.type == "cpu" and not value.requires_grad:
+    if value.ndim == 0 and readings.at_once(value) and not value.requires_grad:
         return value.item()
     return value.double() if value.ndim == 0 else value.to(param.dtype)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .base import FRACTION, POSITIVE, Settings, State, add_scaled, lerp, register_update
+from .base import FRACTION, POSITIVE, Settings, State, add_scaled, beside, lerp, register_update
 
 NEWTON_SCHULZ_DTYPE = torch.bfloat16
 """torch.optim.Muon orthogonalizes in bfloat16, whatever the parameters are: derivatives have that precision too."""
@@ -28,7 +28,7 @@ def orthogonalize(matrix: Tensor, settings: Settings) -> Tensor:
     x = matrix.to(NEWTON_SCHULZ_DTYPE)
     x = x if wide else x.T
     norm = x.norm()
-    x = x / torch.maximum(norm, torch.as_tensor(eps, dtype=norm.dtype, device=norm.device))
+    x = x / torch.maximum(norm, beside(eps, norm))
     for _ in range(settings["ns_steps"]):
         gram = x @ x.T
         x = _addmm(x, _addmm(gram, gram, gram, b, c), x, a, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import POSITIVE, Settings, State, addcmul, register_update, signed
+from .base import POSITIVE, Settings, State, addcmul, beside, register_update, signed
 
 
 @register_update(
@@ -22,13 +22,13 @@ from .base import POSITIVE, Settings, State, addcmul, register_update, signed
 def rprop(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
     """Resilient backpropagation (Riedmiller and Braun 1993): only the signs of the gradient count."""
     numbers = (*settings["etas"], *settings["step_sizes"])
-    shrink, grow, smallest, largest = (torch.as_tensor(s, dtype=param.dtype, device=param.device) for s in numbers)
+    shrink, grow, smallest, largest = (beside(s, param) for s in numbers)
     grad = signed(grad, settings)
     first = state.get("step", 0) == 0
     step_size = torch.zeros_like(param) + settings["lr"] if first else state["step_size"]
     agreement = torch.zeros_like(grad) if first else grad * state["prev"]
-    factor = torch.where(agreement > 0, grow, torch.where(agreement < 0, shrink, 1.0))
+    factor = torch.where(agreement > 0, grow, torch.where(agreement < 0, shrink, beside(1.0, param)))
     step_size = torch.minimum(torch.maximum(step_size * factor, smallest), largest)
-    grad = torch.where(agreement < 0, 0.0, grad)
+    grad = grad.masked_fill(agreement < 0, 0.0)
     new_state = {"step": state.get("step", 0) + 1, "prev": grad, "step_size": step_size}
     return addcmul(param, grad.sign(), step_size, -1), new_state

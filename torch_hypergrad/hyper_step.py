@@ -1,0 +1,122 @@
+"""One hyper step: how the values move, what must hold of its numbers, and what it reports."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .errors import NonFiniteError
+from .hyperparameter_set import HyperparameterSet
+from .readings import Reading, Readings
+from .records import Step
+from .tuned import TunedSetting, TunedTensor
+
+
+@dataclass(frozen=True)
+class HyperReport:
+    """What one hyper step did.
+
+    Args:
+        val_loss: the validation loss before the step.
+        hypergradient_norm: Euclidean norm of the hypergradient with respect to the values.
+        num_matvecs: products that the solver of an implicit method took; None for other methods.
+        residual: its relative residual, damping included; None for other methods and for :class:`Identity`.
+        product_error: estimated relative error of products with second derivatives; None where these are exact.
+        adjoint_growth: how much the adjoint of the parameters grew over the sweep, at most; None for other methods than
+            :class:`Unrolled`.
+        clipped: for each setting that was projected onto a bound, how many of its values were.
+        warnings: why the hypergradient should not be trusted, in sentences; empty if nothing speaks against it.
+    """
+
+    val_loss: float
+    hypergradient_norm: float
+    num_matvecs: int | None = None
+    residual: float | None = None
+    product_error: float | None = None
+    adjoint_growth: float | None = None
+    clipped: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def put_back_on_error(hyperparameters: HyperparameterSet, hyper_optimizer: Optimizer) -> Iterator[None]:
+    """Puts the values and the state of the hyper optimizer back if the block fails."""
+    leaves, before = (
+        [tuned.leaf.detach().clone() for tuned in hyperparameters.all],
+        copy.deepcopy(hyper_optimizer.state_dict()),
+    )
+    try:
+        yield
+    except BaseException:
+        hyper_optimizer.zero_grad()
+        for tuned, leaf in zip(hyperparameters.all, leaves):
+            tuned.set_leaf(leaf)
+        hyper_optimizer.load_state_dict(before)
+        raise
+
+
+def move_values(
+    hyperparameters: HyperparameterSet, hyper_optimizer: Optimizer, gradients: Sequence[Tensor], asked: Readings
+) -> dict[str, Reading[float]]:
+    """One step of the hyper optimizer and the projection: for each hyperparameter, how many values were clipped.
+
+    Raises:
+        NonFiniteError: once the readings are read, if a value is not finite.
+    """
+    for tuned, gradient in zip(hyperparameters.all, gradients):
+        tuned.set_leaf_gradient(gradient)
+    hyper_optimizer.step()
+    hyper_optimizer.zero_grad()
+    clipped = {tuned.label: asked.ask([tuned.project()], lambda counts: counts[0]) for tuned in hyperparameters.all}
+    for tuned in hyperparameters.all:
+        asked.ask([tuned.values().isfinite().all()], partial(_check_moved, tuned))
+    return clipped
+
+
+def check_losses(steps: Sequence[Step], losses: Sequence[float]) -> None:
+    """Refuses the first step whose training loss is not finite."""
+    for step, loss in zip(steps, losses):
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"The training loss was {loss} at training step {step.number + 1}, so the steps after it have no "
+                "derivative. Lower the learning rate, clip gradients with grad_transform, or restart(). Nothing was changed."
+            )
+
+
+def finite_validation_loss(losses: Sequence[float]) -> float:
+    """The validation loss."""
+    if not math.isfinite(losses[0]):
+        raise NonFiniteError(
+            f"The validation loss is {losses[0]} at the current weights, so it has no hypergradient. Weights that have "
+            "diverged need a lower learning rate; check the validation batch too. Nothing was changed."
+        )
+    return losses[0]
+
+
+def finite_norm(hyperparameters: HyperparameterSet, gradients: Sequence[Tensor], squares: Sequence[float]) -> float:
+    """The norm of the hypergradient, from those of its parts."""
+    norm = math.sqrt(sum(squares))
+    if not math.isfinite(norm):
+        bad = [n for n, g in hyperparameters.named(gradients).items() if not g.isfinite().all()]
+        raise NonFiniteError(
+            f"The hypergradient of {', '.join(bad[:3])} is not finite, though every loss was. Adjoints that grow over the "
+            "window overflow: shorten it with Unrolled(truncation=...), lower the learning rate, or raise the "
+            "optimizer's eps. Nothing was changed."
+        )
+    return norm
+
+
+def _check_moved(tuned: TunedSetting | TunedTensor, finite: Sequence[float]) -> None:
+    if not finite[0]:
+        values = tuned.values()
+        raise NonFiniteError(
+            f"The hyper step moved {tuned.label!r} to {values[~values.isfinite()][0].item()}. Lower the learning rate "
+            "of the hyper_optimizer, or bound the value with low= and high=. Nothing was changed."
+        )
