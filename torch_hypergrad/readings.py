@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,8 +60,8 @@ def now_or_later(numbers: Sequence[Tensor], conclude: Callable[[list[float]], T]
     return reading.value if reading.known else reading
 
 
-def settled(found: T | Reading[T]) -> T:
-    """The value, now that everything has been read."""
+def settled(found: Any) -> Any:
+    """The value of a reading, now that everything has been read; anything else as it is."""
     return found.value if isinstance(found, Reading) else found
 
 

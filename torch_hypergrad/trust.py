@@ -23,21 +23,19 @@ MAX_ERROR = 0.5
 
 def warnings_of(statistics: Statistics, params: Sequence[Tensor]) -> list[str]:
     """Sentences about why a hypergradient should not be trusted; empty if nothing speaks against it."""
-    growth: float | None = settled(statistics.adjoint_growth)
-    error: float | None = settled(statistics.product_error)
-    residual: float | None = settled(statistics.residual)
-    found = [] if growth is None else _growth_warnings(growth, params)
+    growth, error, residual = map(settled, (statistics.adjoint_growth, statistics.product_error, statistics.residual))
+    warnings = [] if growth is None else _growth_warnings(growth, params)
     if error is not None and not error <= MAX_ERROR:
-        found.append(
+        warnings.append(
             f"Products by finite differences may be off by {error:.0%}: with two step lengths they differ "
             "by as much, as they do where gradients jump (ReLU, max-pooling). Use second_order='reverse' or 'forward'."
         )
     if residual is not None and not residual <= MAX_ERROR:
-        found.append(
+        warnings.append(
             f"The linear solve left {residual:.0%} of its right-hand side unsolved, so the hypergradient is far "
             "from that of the implicit function theorem. Take more terms or steps, or another solver."
         )
-    return found
+    return warnings
 
 
 def _growth_warnings(growth: float, params: Sequence[Tensor]) -> list[str]:
