@@ -12,6 +12,9 @@ from .measure import OUT_OF_MEMORY, TOO_SLOW, Limits, Outcome, in_own_process
 from .results import Judge, Row, Table
 from .work import measure, reference
 
+LONG = 1000
+"""So many steps are measured once, whatever the number of repeats: they take minutes, in which noise averages out."""
+
 
 class Run:
     """Measures cases, and remembers what was too slow or too large: more steps of the same kind are not tried then."""
@@ -29,9 +32,10 @@ class Run:
         """
         tables = [Table(case, {c.name: Row(c) for c in self._contestants(case)}) for case in block]
         judges = [self._judge(case) for case in block]
-        for repeat in range(self._repeats):
+        repeats = self._repeats if block[0].size < LONG else 1
+        for repeat in range(repeats):
             for table, judge in zip(tables, judges):
-                self._tell(f"{table.case.title}: round {repeat + 1} of {self._repeats}")
+                self._tell(f"{table.case.title}: round {repeat + 1} of {repeats}")
                 for row in table.rows.values():
                     self._measure(table.case, row, judge)
         return tables
