@@ -20,7 +20,7 @@ NUM_DISTINCT_BATCHES = 50  # taken in turn, so that a long window needs no more 
 # Small steps, and an epsilon well above rounding, so that training is the same in whatever order numbers are added up, and
 # hypergradients can be compared.
 OPTIMIZERS: dict[str, partial[Any]] = {
-    "sgd": partial(torch.optim.SGD, lr=0.01, momentum=0.9, foreach=True),
+    "sgd": partial(torch.optim.SGD, lr=0.003, momentum=0.9, foreach=True),
     "adam": partial(torch.optim.Adam, lr=1e-3, eps=1e-3, foreach=True),
 }
 

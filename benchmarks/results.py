@@ -16,7 +16,6 @@ ALLOWED_MARKS = (TOO_SLOW, OUT_OF_MEMORY)
 
 # A part of the norm. Exact hypergradients in float32 differ by 1e-6 until rounding moves one input of a ReLU across zero,
 # after which training goes on a little differently: by some 1e-3 here.
-TOLERANCE = 2e-2
 
 
 class DisagreementError(Exception):
@@ -76,7 +75,7 @@ class Judge:
         """The larger of both differences, as a part of the norm.
 
         Raises:
-            DisagreementError: if it is more than ``TOLERANCE``.
+            DisagreementError: if it is more than the contestant's tolerance.
         """
         errors = [0.0]
         if self._reference is not None:
@@ -93,11 +92,11 @@ class Judge:
         return max(errors)
 
     def _check(self, contestant: Contestant, error: float, what: str, value: float, other: str, other_value: float) -> None:
-        if not error <= TOLERANCE:  # NaN included
+        if not error <= contestant.tolerance:  # NaN included
             raise DisagreementError(
                 f"{self._case.title}: {contestant.name} gives an answer of {value:.6g} {what}, {other} gives "
-                f"{other_value:.6g}: they differ by {error:.2g} of the norm, {TOLERANCE:g} is allowed. One of them is wrong, "
-                "so no table is worth reading: find out which before measuring again."
+                f"{other_value:.6g}: they differ by {error:.2g} of the norm, {contestant.tolerance:g} is allowed. One of them is "
+                "wrong, so no table is worth reading: find out which before measuring again."
             )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import vector_to_parameters
 
-from .cases import NEUMANN_DAMPING, Problem, direction, joined, neumann_scale, penalty
+from .cases import NEUMANN_DAMPING, OPTIMIZERS, Problem, direction, joined, neumann_scale, penalty
 from .measure import Meter
 from .models import loss_of
 
@@ -70,7 +70,8 @@ class SGD:
     def step(self, g: Tensor, tan_g: Tensor) -> tuple[Tensor, Tensor]:
         """What is added to the parameters, and its tangent."""
         self._buffer, self._tan_buffer = 0.9 * self._buffer + g, 0.9 * self._tan_buffer + tan_g
-        return -0.01 * self._buffer, -0.01 * self._tan_buffer
+        lr = OPTIMIZERS["sgd"].keywords["lr"]
+        return -lr * self._buffer, -lr * self._tan_buffer
 
 
 class Adam:

@@ -154,6 +154,11 @@ def add_scaled(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
     return torch.addcmul(x, y, scale) if isinstance(scale, Tensor) else torch.add(x, y, alpha=scale)
 
 
+def add_scaled_(x: Tensor, y: Tensor, scale: float | Tensor) -> Tensor:
+    """The same, in place, for an ``x`` that nobody else has."""
+    return x.addcmul_(y, scale) if isinstance(scale, Tensor) else x.add_(y, alpha=scale)
+
+
 def addcmul(x: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
     """``x + scale * a * b``."""
     return torch.addcmul(x, a * b, scale) if isinstance(scale, Tensor) else torch.addcmul(x, a, b, value=scale)

@@ -13,6 +13,7 @@ from .base import (
     Settings,
     State,
     add_scaled,
+    add_scaled_,
     adjoint_of,
     decayed,
     is_on,
@@ -31,7 +32,7 @@ def direction(param: Tensor, grad: Tensor, state: State, settings: Settings) -> 
     if not is_on(momentum):
         return grad, state
     buffer = state.get("momentum_buffer")
-    buffer = grad.clone() if buffer is None else add_scaled(buffer * momentum, grad, 1 - settings["dampening"])
+    buffer = grad.clone() if buffer is None else add_scaled_(buffer * momentum, grad, 1 - settings["dampening"])
     return add_scaled(grad, buffer, momentum) if settings["nesterov"] else buffer, {"momentum_buffer": buffer}
 
 
