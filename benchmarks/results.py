@@ -95,8 +95,8 @@ class Judge:
         if not error <= contestant.tolerance:  # NaN included
             raise DisagreementError(
                 f"{self._case.title}: {contestant.name} gives an answer of {value:.6g} {what}, {other} gives "
-                f"{other_value:.6g}: they differ by {error:.2g} of the norm, {contestant.tolerance:g} is allowed. One of them is "
-                "wrong, so no table is worth reading: find out which before measuring again."
+                f"{other_value:.6g}: they differ by {error:.2g} of the norm, {contestant.tolerance:g} is allowed. One of them "
+                "is wrong, so no table is worth reading: find out which before measuring again."
             )
 
 
