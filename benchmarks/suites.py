@@ -47,7 +47,7 @@ SMALL = [
     Case("implicit", "transformer", 10),
 ]
 
-SCALING_ROWS = ("plain", "unrolled", "few snapshots", "graphs", "finite difference", "higher", "TorchOpt, penalty")
+SCALING_ROWS = ("plain", "unrolled", "few snapshots", "graphs", "higher", "TorchOpt, penalty")  # all are exact
 SCALING = [
     *(Case("unrolled", "mlp", num_steps, only=SCALING_ROWS) for num_steps in (10, 30, 100, 300, 1000)),
     *(Case("unrolled", f"mlp{width}", 30, only=SCALING_ROWS) for width in WIDTHS),
