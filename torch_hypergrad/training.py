@@ -357,6 +357,7 @@ class Training:
 
 
 def is_float(value: Any) -> bool:
+    """Whether it is something to differentiate: a tensor of a floating-point type."""
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
