@@ -48,13 +48,22 @@ class Outcome:
 
 
 class Meter:
-    """Measures a ``with`` block: seconds, and bytes by which the process's peak memory grew."""
+    """Measures a ``with`` block: seconds, and bytes by which the process's peak memory grew.
+
+    Args:
+        released: first give back what the allocator has kept, which would hide as much of the growth.
+    """
 
     seconds = float("nan")
     memory = float("nan")
 
+    def __init__(self, *, released: bool = True) -> None:
+        self._released = released
+
     def __enter__(self) -> Meter:
-        release_free_memory()
+        gc.collect()
+        if self._released:
+            release_free_memory()
         self._before = reset_peak()
         self._start = time.perf_counter()
         return self
@@ -65,8 +74,7 @@ class Meter:
 
 
 def release_free_memory() -> None:
-    """Gives back what the warm-up has left to the allocator, which would hide as much of the growth."""
-    gc.collect()
+    """Gives back what the allocator has kept."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 

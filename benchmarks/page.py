@@ -38,8 +38,9 @@ def header(command: str, threads: int) -> str:
 def how_to_read(repeats: int, limits: Limits) -> str:
     """What the columns of :func:`section` are."""
     return (
-        f"Every measurement is a process of its own, after a warm-up; contestants take turns. `s` is the median of {repeats}. "
-        "`MB` is the growth of peak memory. Ratios are against the faster peer's time "
+        f"Every measurement is a process of its own, after a warm-up; contestants take turns. `s` is the median of {repeats}, "
+        "each of the second window in its process, as in training with many hyper steps; `MB` is by how much peak memory "
+        "grew in the first, a median too. Ratios are against the faster peer's time "
         "and the leaner peer's memory. `off by` is the largest difference found from the other answers and from a reference "
         f"in float64, as a part of the norm. A measurement may take {limits.seconds:.0f} s and {limits.gigabytes:.0f} GB.\n"
     )

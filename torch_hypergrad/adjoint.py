@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .buckets import Bucket, as_list
 from .records import State
+from .vectors import has_views
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,14 @@ class Adjoint:
     buckets: tuple[Bucket, ...]
     params: tuple[Tensor, ...]
     rule_states: tuple[dict[str, Tensor], ...]
+
+    def own_params(self) -> tuple[Tensor, ...]:
+        """``params``, to be written to: copies of those that share memory, as what autograd returns may do."""
+        others = [id(adj) for rule_state in self.rule_states for adj in rule_state.values()]
+        return tuple(
+            adj if adj.is_contiguous() and id(adj) not in others and not has_views(adj) else adj.contiguous().clone()
+            for adj in self.params
+        )
 
 
 def merged(adjoint: Adjoint, state: State, num_params: int) -> Adjoint:

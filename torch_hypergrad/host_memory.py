@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 
 import torch
+from torch import Tensor
 
-JUST_UNDER_32_MB = 2**25 - 2**16
+KEPT = 2**30
+"""Bytes of freed memory that stay with the process."""
+
+LARGEST = 2**25
+"""Bytes of the largest block that is kept: glibc takes no higher number."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 @cache
 def keep_freed_memory() -> None:
-    """Has glibc keep memory that was freed, up to 64 MB, instead of giving it back to the system at once.
+    """Has glibc keep memory that was freed, up to a gigabyte, instead of giving it back to the system at once.
 
-    Each training step frees the graph that the next one needs again. As a process starts, glibc gives such memory back, and
-    gets it again page by page, cleared, which takes up to a fifth of a step of a small network. It stops doing so for
-    blocks as large as any that was ever freed, but at most 32 MB, and then keeps twice that: so this frees such a block. It
-    is never written to, and so takes no memory itself. Elsewhere than on glibc nothing happens.
+    Each training step frees the graph that the next one needs again, and each hyper step the window that the next one
+    needs. By default glibc gives such memory back, and gets it again page by page, cleared, which can take as long as the
+    arithmetic of a small network. PyTorch keeps memory of CUDA devices in the same way. Elsewhere than on glibc nothing
+    happens.
     """
-    torch.empty(JUST_UNDER_32_MB, dtype=torch.uint8)
+    libc = _c_library()
+    if libc is not None and hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGEST)
+        libc.mallopt(_M_TRIM_THRESHOLD, KEPT)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype in CPU memory are equal bit by bit, NaN included, where they can be compared
+    as memory, which is several times faster; elsewhere whether all numbers are equal."""
+    libc, addresses = _c_library(), (a.data_ptr(), b.data_ptr())
+    if libc is None or not all(addresses) or not (a.is_contiguous() and b.is_contiguous()):
+        return torch.equal(a, b)
+    return libc.memcmp(*map(ctypes.c_void_p, addresses), ctypes.c_size_t(a.nbytes)) == 0
+
+
+@cache
+def _c_library() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None  # a system that gives it another name

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from . import readings
 from .buckets import Bucket
+from .host_memory import same_bits
 from .records import Surroundings
-from .vectors import aligned, has_views, laid_out_as, same_bits
+from .vectors import aligned, has_views, laid_out_as
 
 
 class ModelState:
@@ -179,9 +180,11 @@ class ModelState:
         """Brings back random number generators and modes."""
         self.set_rng(surroundings.rng)
         for module, mode in zip(self._modules, surroundings.training):
-            module.training = mode
+            if module.training != mode:  # to set one takes as long as to compare a hundred
+                module.training = mode
         for p, trainable in zip(self.params, surroundings.trainable):
-            p.requires_grad_(trainable)
+            if p.requires_grad != trainable:
+                p.requires_grad_(trainable)
 
 
 def _copy(buffer: Tensor | None, last: Tensor | None) -> Tensor | None:

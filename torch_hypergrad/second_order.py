@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -53,15 +52,15 @@ class TracedGradient(ABC):
 class Reverse(TracedGradient):
     """Double backward: the gradient's own graph, gone through in reverse. Exact."""
 
-    def __init__(self, training: Training, step: Step, state: State) -> None:
+    def __init__(self, training: Training, step: Step, state: State, *, with_buffers: bool = True) -> None:
         self._training, self._state = training, state
-        with training.at(state):
+        with training.at(state, with_buffers=with_buffers):
             self.loss, raw, _ = training.revisit(step, create_graph=True)
             self.grads = training.transform(raw)
 
     def pull(self, adj_grads: Tensors, *, again: bool = False) -> tuple[list[Tensor | None], list[Tensor | None]]:
         training = self._training
-        with training.at(replace(self._state, buffers=None)):
+        with training.at(self._state, with_buffers=False):
             return _pulled(training, self.grads, adj_grads, retain_graph=again)
 
 

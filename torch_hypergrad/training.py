@@ -83,7 +83,9 @@ class Training:
         return State(held.buckets, params, held.rule_states, self.model_state.buffers())
 
     @contextmanager
-    def at(self, state: State, moved_by: tuple[Sequence[Tensor | None], Tensor] | None = None) -> Iterator[None]:
+    def at(
+        self, state: State, moved_by: tuple[Sequence[Tensor | None], Tensor] | None = None, *, with_buffers: bool = True
+    ) -> Iterator[None]:
         """Inside, the parameters are ``state``'s own memory, and the buffers have its values.
 
         Next to nothing is copied, and graphs made here stay valid when training goes on: they are gone back through
@@ -91,6 +93,7 @@ class Training:
 
         Args:
             moved_by: a direction, one tensor for each parameter (None: zeros), and how far to go along it.
+            with_buffers: if not, the buffers are left as they are.
         """
         values = as_list(state.buckets, state.params, len(self.params))
         if moved_by is not None:
@@ -98,7 +101,7 @@ class Training:
             values = [p if v is None else torch.addcmul(p, v, distance.to(v)) for p, v in zip(values, direction)]  # type: ignore[arg-type]
         before = self.model_state.point_to(values)  # type: ignore[arg-type]
         try:
-            if state.buffers is not None:
+            if with_buffers and state.buffers is not None:
                 self.model_state.set_buffers(state.buffers)
             yield
         finally:

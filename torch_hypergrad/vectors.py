@@ -32,7 +32,8 @@ class Layout:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Views of ``vector`` with the shapes of the tensors."""
-        return [piece.view(shape) for piece, shape in zip(torch.split_with_sizes(vector, self.sizes), self.shapes)]
+        pieces = torch.split_with_sizes(vector, self.sizes)
+        return [piece if len(shape) == 1 else piece.view(shape) for piece, shape in zip(pieces, self.shapes)]
 
     def take(self, vector: Tensor, positions: Sequence[int]) -> Tensor:
         """The parts of ``vector`` that belong to the tensors at ``positions``, one after the other."""
@@ -69,20 +70,9 @@ def has_views(tensor: Tensor) -> bool:
     return torch._C._storage_Use_Count(storage._cdata) > 2
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape, dtype and device are equal bit by bit, NaN included. Waits for the device.
-
-    Compared as 64-bit numbers where that is possible, which is several times faster than number by number.
-    """
-    per_word = max(8 // a.element_size(), 1)
-    if not a.is_complex() and all(
-        t.is_contiguous() and t.storage_offset() % per_word == 0 and t.numel() % per_word == 0 for t in (a, b)
-    ):
-        return torch.equal(a.reshape(-1).view(torch.int64), b.reshape(-1).view(torch.int64))
-    return torch.equal(a, b)
-
-
 def norm(tensors: Sequence[Tensor | None]) -> Tensor:
     """Euclidean norm over all tensors, at least in float32, on the device of the first: nothing waits for it."""
     norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors if t is not None]
+    if len(norms) == 1:
+        return norms[0]
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms])) if norms else torch.zeros(())

@@ -128,7 +128,7 @@ class UnrolledRecording(Recording):
     def _take_traced(self, step: Step, state: State, max_graphs: int) -> tuple[Step, State]:
         """The same, and keeps the graph of the step's gradient in place of an older one."""
         with self._training.model_state.copied_buffers():
-            gradient = Reverse(self._training, step, replace(state, buffers=None))
+            gradient = Reverse(self._training, step, state, with_buffers=False)
         step = self._training.finish(step, gradient.loss, gradient.grads)
         self._trajectory.record(step, state)
         self._graphs.pop(step.number - max_graphs, None)
@@ -155,8 +155,7 @@ class UnrolledRecording(Recording):
         largest = last = norm(adjoint.params)
         trace_gradient, error = self._way(), None
         for step, state in self._trajectory.backward():
-            self._training.check_batch(step)
-            gradient = self._graphs.pop(step.number, None) or trace_gradient(self._training, step, state)
+            gradient = self._kept_graph(step) or trace_gradient(self._training, step, state)
             fine = self._training.optimizer_state.refine(state, step.active)
             adjoint, adj_grads = self._through_updates(step, fine, gradient.grads, adjoint, totals)
             adjoint = self._through_gradient(gradient, adjoint, adj_grads, totals)
@@ -201,10 +200,15 @@ class UnrolledRecording(Recording):
         for total, product in zip(totals[len(self._training.hyperparameters.settings) :], mixed):
             if product is not None:
                 total += product
-        filled = [torch.zeros_like(p) if product is None else product for p, product in zip(self._training.params, products)]
-        # Adjoints may share memory: what is added to in place is the fresh vector.
-        params = tuple(
-            adj_param if gradient.grads[bucket.indices[0]] is None else bucket.gather(filled).add_(adj_param)
-            for bucket, adj_param in zip(adjoint.buckets, adjoint.params)
-        )
+        params = adjoint.own_params()
+        pieces = as_list(adjoint.buckets, params, len(products))
+        pairs = [(piece, product) for piece, product in zip(pieces, products) if piece is not None and product is not None]
+        if pairs:
+            torch._foreach_add_([piece for piece, _ in pairs], [product for _, product in pairs])
         return replace(adjoint, params=params)
+
+    def _kept_graph(self, step: Step) -> TracedGradient | None:
+        gradient = self._graphs.pop(step.number, None)
+        if gradient is not None:
+            self._training.check_batch(step)
+        return gradient
