@@ -488,18 +488,18 @@ LONG = [random_batch(2, WIDTH, seed) for seed in range(8)]
 
 
 def test_passes_over_memory_of_a_recorded_step() -> None:
-    """The gradient put together; decay, two operations of momentum, the step itself."""
+    """The gradient put together; decay, momentum, the step itself."""
     hyper = long_hyper(Unrolled())
     train(hyper, LONG[:2])
     with LongOperations(WIDTH + 1) as counted:
         hyper.step(LONG[2])
-    assert len(counted.names) <= 5, counted.names
+    assert len(counted.names) <= 4, counted.names
     assert "clone" not in counted.names
 
 
 def test_passes_over_memory_of_a_replayed_step() -> None:
-    """One step more in the window is one more in the sweep: the gradient put together, six operations back through the
-    rule, two to put the adjoint together, its norm."""
+    """One step more in the window is one more in the sweep: the gradient put together, five operations back through the
+    rule, the adjoint's norm; what is added to the adjoint parameter by parameter does not show here."""
     counts = []
     for num_steps in (4, 5):
         hyper = long_hyper(Unrolled())
@@ -507,7 +507,7 @@ def test_passes_over_memory_of_a_replayed_step() -> None:
         with LongOperations(WIDTH + 1) as counted:
             hyper.hypergradient(LONG[7])
         counts.append(counted.names)
-    assert len(counts[1]) - len(counts[0]) <= 9, counts[1]
+    assert len(counts[1]) - len(counts[0]) <= 7, counts[1]
 
 
 def test_a_recorded_step_copies_no_parameters_that_nobody_has_touched(monkeypatch: pytest.MonkeyPatch) -> None:
