@@ -32,6 +32,7 @@ from torch_hypergrad.updates import muon
 GRANULARITIES = ("group", "tensor", "element")
 RTOL = 1e-5
 SMALLEST = 1e-4
+ROUNDING = 1e-10
 """A cell must hold a derivative of at least this size, so that it cannot pass by being zero on both sides."""
 
 
@@ -304,7 +305,7 @@ def entry_sets(row: Row) -> dict[str, list[range]]:
 
 def width(start: float) -> float:
     """Of the differences: small enough that no maximum, bound or sign in a rule changes over; the smallest of the
-    extrapolated steps is a 16th of it, where rounding errors are still below 1e-10."""
+    extrapolated steps is a 16th of it, where rounding errors are still below :data:`ROUNDING`."""
     return 0.02 * abs(start) if start else 5e-4
 
 
@@ -415,7 +416,7 @@ def check(cell: Cell) -> None:
     reference = references(cell.row)[cell.setting, cell.start]
     assert abs(val_loss - reference.val_loss) <= 1e-12 * abs(val_loss), "training differs from plain torch"
     assert_not_empty(cell, reference.derivatives[cell.per])
-    assert_close(found[cell.setting], reference.derivatives[cell.per], RTOL)
+    assert_close(found[cell.setting], reference.derivatives[cell.per], RTOL, ROUNDING)
 
 
 def assert_not_empty(cell: Cell, derivatives: Sequence[float]) -> None:
@@ -428,14 +429,14 @@ def assert_not_empty(cell: Cell, derivatives: Sequence[float]) -> None:
         assert largest > SMALLEST, f"largest derivative is {largest:g}: the cell shows nothing"
 
 
-def assert_close(found: Sequence[float], expected: Sequence[float], rtol: float) -> None:
-    """Each entry to ``rtol``, and those near zero to ``1e-3 * rtol`` of the largest."""
+def assert_close(found: Sequence[float], expected: Sequence[float], rtol: float, atol: float = 1e-11) -> None:
+    """Each entry to ``rtol``, and those near zero to ``1e-3 * rtol`` of the largest, or ``atol``."""
     assert len(found) == len(expected)
     largest = max(map(abs, expected))
     wrong = [
         f"entry {i}: {f:.10g} instead of {e:.10g}"
         for i, (f, e) in enumerate(zip(found, expected))
-        if not abs(f - e) <= rtol * abs(e) + 1e-3 * rtol * largest + 1e-11
+        if not abs(f - e) <= rtol * abs(e) + 1e-3 * rtol * largest + atol
     ]
     assert not wrong, "; ".join(wrong)
 
@@ -455,4 +456,4 @@ def check_forward_mode(row: Row, per: str, zero: str | None = None) -> None:
         assert_close(forward[cell.setting], unrolled[cell.setting], 1e-9)
         alone_as_together = cell.setting not in row.flat  # a tuned momentum gives dampening a buffer, for one
         if zero is None and cell.in_torch and alone_as_together:
-            assert_close(forward[cell.setting], references(row)[cell.setting, cell.start].derivatives[per], RTOL)
+            assert_close(forward[cell.setting], references(row)[cell.setting, cell.start].derivatives[per], RTOL, ROUNDING)
