@@ -32,6 +32,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from torch_hypergrad import HyperOptimizer, Hyperparameter, Implicit, Neumann, Unrolled
+from torch_hypergrad.capture import NUM_WARM_UPS
 from torch_hypergrad.experiment.models import CNN, resnet18
 
 Batch = tuple[Tensor, Tensor]
@@ -306,6 +307,22 @@ def one_step(bench: Bench) -> Iterator[Row]:
     yield Row("step captured over eager", seconds["per group, captured"] / seconds["per group"], "")
 
 
+def implicit_mnist(bench: Bench) -> Iterator[Row]:
+    """Of a network so small that launches take longer than kernels."""
+    step, val = batches_of(bench, 2, (bench.size(128, 4), 1, 28, 28))
+    solver = Neumann(bench.size(20, 2), scale=1e-3, damping=100.0)
+    runs = {}
+    for name, options in {"eager": {}, "captured": {"capture": bench.cuda}}.items():
+        hyper = made(bench, mnist_cnn, DECAYS, Implicit(solver), **options)
+        hyper.step(step)
+        runs[name] = partial(hyper.hypergradient, val)
+        each(hyper.hypergradient, [val] * (NUM_WARM_UPS + 1))  # until all is recorded
+    seconds = bench.medians(runs)
+    for name, found in seconds.items():
+        yield Row(f"MNIST CNN, one implicit hypergradient, K = {solver.num_terms}, {name}", 1e3 * found, "ms")
+    yield Row("implicit hypergradient captured over eager", seconds["captured"] / seconds["eager"], "")
+
+
 def synchronizations(bench: Bench) -> Iterator[Row]:
     batches = batches_of(bench, 4, (bench.size(128, 4), 1, 28, 28))
     methods = {"unrolled": Unrolled(), "implicit": Implicit(Neumann(5, scale=1e-3, damping=100.0))}
@@ -329,7 +346,7 @@ def offload(bench: Bench) -> Iterator[Row]:
         yield Row(f"the same, offload={place}, peak memory", bench.megabytes(run), "MB")
 
 
-FIGURES = [unrolled_mnist, implicit_resnet, transformer_memory, one_step, synchronizations, offload]
+FIGURES = [unrolled_mnist, implicit_resnet, transformer_memory, one_step, implicit_mnist, synchronizations, offload]
 
 
 def report(bench: Bench, rows: Sequence[Row], seconds: float) -> str:

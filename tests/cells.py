@@ -32,8 +32,10 @@ from torch_hypergrad.updates import muon
 GRANULARITIES = ("group", "tensor", "element")
 RTOL = 1e-5
 SMALLEST = 1e-4
-ROUNDING = 1e-10
 """A cell must hold a derivative of at least this size, so that it cannot pass by being zero on both sides."""
+
+ROUNDING = 1e-10
+"""References are known no better than this: what is zero is a little beside it in differences."""
 
 
 @dataclass(frozen=True, eq=False)

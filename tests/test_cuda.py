@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from problems import FROZEN, mse, random_batch
+from problems import FROZEN, Ridge, mse, random_batch
 from torch_hypergrad import (
     CG,
     Cholesky,
     ForwardMode,
     HyperOptimizer,
     Hyperparameter,
+    Identity,
     Implicit,
     Neumann,
     NonFiniteError,
@@ -278,6 +279,77 @@ def test_captured_training_is_eager_training(dropout: float, method: Method) -> 
     for name, value in eager.values().items():
         torch.testing.assert_close(captured.values()[name], value, rtol=1e-8, atol=1e-12)
     assert losses[1] < losses[0]
+
+
+REPLAYED = {
+    "a whole solve": Implicit(Neumann(5, scale=0.01, damping=50.0)),
+    "estimated scale": Implicit(Neumann(20, damping=50.0)),
+    "no product": Implicit(Identity(0.1)),
+    "second moments": Implicit(Neumann(5, damping=500.0), preconditioner="second_moments"),
+    "Gauss-Newton": Implicit(Neumann(5, scale=0.01, damping=50.0), curvature="gauss_newton"),
+    "products": Implicit(CG(3, damping=50.0)),
+    "products of two batches": Implicit(Neumann(5, scale=0.01, damping=50.0), num_batches=2),
+}
+
+
+@pytest.mark.parametrize("case", REPLAYED)
+def test_captured_hyper_steps_are_eager_hyper_steps(case: str) -> None:
+    """Values, learning rates, step counts and dropout masks are new at each; Python has no product to compute any more."""
+    method, ended, calls, residuals = REPLAYED[case], [], [], []
+    for capture in (False, True):
+        model, loss = network("cuda", 0.5), Counted()
+        made = OPTIMIZERS["adamw"](model.parameters())
+        tune = [Hyperparameter("weight_decay", per="element", init=0.1)]
+        moving = partial(torch.optim.SGD, lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(made, 0.97)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            hyper = HyperOptimizer(model, made, loss, tune, method, moving, val_loss=mse, capture=capture)  # type: ignore[arg-type]
+            torch.manual_seed(1)
+            for batch in [*BATCHES, *BATCHES]:
+                for part in (batch, BATCHES[0]):
+                    hyper.step(to("cuda", part))
+                    scheduler.step()
+                loss.calls = 0
+                report = hyper.hyper_step(to("cuda", VAL))
+        ended.append(hyper)
+        calls.append(loss.calls)
+        residuals.append(report.residual)
+    eager, captured = ended
+    for name, value in eager.values().items():
+        torch.testing.assert_close(captured.values()[name], value, rtol=1e-8, atol=1e-12)
+    assert residuals[1] == pytest.approx(residuals[0], rel=1e-6)
+    assert calls == ([1, 0] if not case.startswith("products") else [method.num_batches] * 2)  # the gradient's value
+
+
+def test_a_captured_solve_waits_once() -> None:
+    model = network("cuda", 0.5)
+    made = OPTIMIZERS["adamw"](model.parameters())
+    tune = [Hyperparameter("weight_decay", per="element", init=0.1)]
+    hyper = HyperOptimizer(model, made, mse, tune, REPLAYED["a whole solve"], FROZEN, capture=True)  # type: ignore[arg-type]
+    batches, val = [to("cuda", batch) for batch in BATCHES], to("cuda", VAL)
+    for batch in batches:
+        hyper.step(batch)
+        hyper.hyper_step(val)
+    hyper.step(batches[0])
+    assert len(waits_of(partial(hyper.hyper_step, val))) <= 1
+
+
+def test_captured_ridge_regressions_have_their_closed_forms() -> None:
+    """Other data and decays each time, in the same shapes."""
+    model = nn.Linear(6, 1, bias=False).double().cuda()
+    tune = [Hyperparameter("weight_decay", per="element", init=1.0)]
+    made = torch.optim.SGD(model.parameters(), lr=0.0)
+    hyper = HyperOptimizer(model, made, Ridge.loss, tune, Implicit(Neumann(300)), FROZEN, capture=True)  # type: ignore[arg-type]
+    for seed in range(0, 80, 10):
+        ridge = Ridge.make(seed=seed)
+        ridge = Ridge(ridge.train, ridge.val, ridge.decay + 1 + seed / 10)
+        hyper.set_values({"weight_decay/weight": ridge.decay[None].cuda()})
+        with torch.no_grad():
+            model.weight.copy_(ridge.optimum())
+        hyper.step(to("cuda", ridge.train))
+        found = hyper.hypergradient(to("cuda", ridge.val))["weight_decay/weight"][0].cpu()
+        torch.testing.assert_close(found, ridge.hypergradient(), rtol=1e-7, atol=1e-11)
 
 
 def test_a_captured_step_never_waits() -> None:

@@ -24,6 +24,7 @@ def test_the_whole_table_is_written(tmp_path: Path) -> None:
         "peak memory over",
         "2-layer transformer",
         "captured",
+        "one implicit hypergradient",
         "waits",
         "target",
     ):

@@ -87,6 +87,16 @@ def test_the_scale_from_power_iterations_is_not_far_off() -> None:
         assert largest / 2 < found <= largest * (1 + 1e-12)
 
 
+def test_power_iterations_start_without_a_pattern() -> None:
+    """Uniform between -1 and 1: of 10^5 numbers, moments and correlations are off by 1 / sqrt(10^5) or so."""
+    from torch_hypergrad.solvers.neumann import scattered
+
+    v = scattered(torch.zeros(100_000, dtype=torch.float64))
+    assert v.abs().max() <= 1
+    moments = torch.stack([v.mean(), v.square().mean() - 1 / 3, *((v[:-k] * v[k:]).mean() for k in (1, 2, 7, 64, 1000))])
+    assert moments.abs().max() < 0.01
+
+
 def test_divergent_neumann_raises() -> None:
     scale = 2.5 / float(torch.linalg.eigvalsh(RIDGE.matrix())[-1])
     hyper = RIDGE.at_optimum(Implicit(Neumann(num_terms=200, scale=scale)))

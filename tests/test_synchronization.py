@@ -121,6 +121,7 @@ METHODS = [
     Implicit(Neumann(5, scale=0.1, damping=1.0)),
     Implicit(Neumann(20, damping=3.0)),
     Implicit(Identity(0.1)),
+    Implicit(Neumann(5, scale=0.1, damping=1.0), curvature="gauss_newton"),
 ]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import partial, reduce
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from torch.utils._pytree import tree_map
 
 from . import autodiff
 from .errors import HypergradientError
+from .readings import Reading, in_turn, now_or_later
+from .vectors import norm
 
 PerParameter: TypeAlias = Sequence[Tensor | None]
 """One tensor for each parameter of the optimizer; None for zero."""
@@ -45,6 +48,9 @@ class GradientGraph:
         tensors: the tuned tensors that the training loss reads.
     """
 
+    error: ClassVar[None] = None
+    """Products are exact."""
+
     def __init__(self, batches: Sequence[BatchGraph], params: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         self._params, self._tensors = list(params), list(tensors)
         self._batches = list(batches)
@@ -67,17 +73,18 @@ class GradientGraph:
         """``(dg/dlambda)^T v`` for each tuned tensor of the training loss."""
         return self._pull(adj_grads, self._tensors)
 
-    def gauss_newton(self) -> Pull:
+    def gauss_newton(self) -> tuple[Pull, Reading[None] | None]:
         r"""The Gauss-Newton part of the Hessian, :math:`v \mapsto J^\top H_{loss} J v`, where J is the Jacobian of the
         model's outputs in the parameters and :math:`H_{loss}` the Hessian of the loss in the outputs. It is positive
-        semi-definite for every loss that is convex in the outputs, such as cross-entropy and squared error.
+        semi-definite for every loss that is convex in the outputs, such as cross-entropy and squared error. Beside it, what
+        raises the second error below once it is read, None if that was possible at once.
 
         Raises:
-            HypergradientError: if the loss depends on the parameters otherwise than through the model's outputs.
+            HypergradientError: if there are no outputs, or the loss depends on the parameters otherwise than through them.
 
         Source: Schraudolph 2002; Martens 2020, section 8.
         """
-        parts = [self._gauss_newton_of(batch) for batch in self._batches]
+        parts, checks = zip(*map(self._gauss_newton_of, self._batches))
 
         def pull(adj_grads: PerParameter) -> list[Tensor | None]:
             tangents = [adj_grads[i] for i, active in enumerate(self.active) if active]
@@ -86,9 +93,11 @@ class GradientGraph:
             products = [part(tangents) for part in parts]
             return self._spread([_mean(of_param, len(parts)) for of_param in zip(*products)])
 
-        return pull
+        return pull, reduce(in_turn, checks)
 
-    def _gauss_newton_of(self, batch: BatchGraph) -> Callable[[PerParameter], list[Tensor | None]]:
+    def _gauss_newton_of(
+        self, batch: BatchGraph
+    ) -> tuple[Callable[[PerParameter], list[Tensor | None]], Reading[None] | None]:
         outputs, params = list(batch.outputs), self._inputs
         if not outputs:
             raise HypergradientError(
@@ -97,7 +106,8 @@ class GradientGraph:
             )
         with torch.enable_grad():
             adj_outputs = autodiff.gradients([batch.loss], outputs, create_graph=True)
-        _check_through_outputs(batch, outputs, adj_outputs, [i for i, active in enumerate(self.active) if active], params)
+        whole = [g for g, active in zip(batch.grads, self.active) if active]
+        check = _check_through_outputs(whole, outputs, adj_outputs, params)
         push = autodiff.linearized(outputs, params)
         used = [a for a in adj_outputs if a is not None]
 
@@ -110,7 +120,7 @@ class GradientGraph:
             pairs = [(o, c) for o, c in zip(outputs, curved) if c is not None]
             return autodiff.gradients([o for o, _ in pairs], params, [c for _, c in pairs], retain_graph=True)
 
-        return product
+        return product, check
 
     def _pull(self, adj_grads: PerParameter, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         pairs = [(g, v) for batch in self._batches for g, v in zip(batch.grads, adj_grads) if g is not None and v is not None]
@@ -130,16 +140,18 @@ def _mean(parts: Sequence[Tensor | None], num: int) -> Tensor | None:
 
 
 def _check_through_outputs(
-    batch: BatchGraph, outputs: Sequence[Tensor], adj_outputs: PerParameter, indices: Sequence[int], params: Sequence[Tensor]
-) -> None:
+    whole: PerParameter, outputs: Sequence[Tensor], adj_outputs: PerParameter, params: Sequence[Tensor]
+) -> Reading[None] | None:
     """Refuses a loss whose gradient is not the one that comes through the outputs."""
     through = autodiff.gradients(outputs, params, [_detached(a, o) for a, o in zip(adj_outputs, outputs)], retain_graph=True)
-    whole = [batch.grads[i] for i in indices]
-    difference = _norm([_detached(w, p) - _detached(t, p) for w, t, p in zip(whole, through, params)])
-    size = max(
-        _norm([_detached(w, p) for w, p in zip(whole, params)]), _norm([_detached(t, p) for t, p in zip(through, params)])
-    )
+    pairs = [(_detached(w, p), _detached(t, p)) for w, t, p in zip(whole, through, params)]
+    norms = [norm([w - t for w, t in pairs]), norm([w for w, _ in pairs]), norm([t for _, t in pairs])]
     tolerance = max(torch.finfo(t.dtype).eps for t in [*outputs, *params]) ** 0.5
+    return now_or_later(norms, partial(_refuse_other_ways, tolerance))
+
+
+def _refuse_other_ways(tolerance: float, norms: Sequence[float]) -> None:
+    difference, size = norms[0], max(norms[1:])
     if difference > tolerance * size:
         raise HypergradientError(
             f"curvature='gauss_newton': the training gradient has norm {size:.3g}, and {difference:.3g} of it does not come "
@@ -151,10 +163,6 @@ def _check_through_outputs(
 
 def _detached(tensor: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if tensor is None else tensor.detach()
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([t.double().square().sum().cpu() for t in tensors]).sum().sqrt())
 
 
 @contextmanager

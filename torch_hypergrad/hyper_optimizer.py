@@ -47,7 +47,8 @@ class HyperOptimizer:
         grad_transform: a differentiable function from the list of gradients (those that are not None, in the order of
             the optimizer's parameters) to such a list, such as clipping; applied in training and in replay.
         capture: on a CUDA device, record the training loss and its gradient in a CUDA graph for each shape of batches,
-            and replay it in the place of hundreds of launches; with :class:`Unrolled` the double backward pass too. For a
+            and replay it in the place of hundreds of launches; with :class:`Unrolled` the double backward pass too, with
+            :class:`Implicit` the whole solve of :class:`Neumann` and :class:`Identity`, and products of other solvers. For a
             ``train_loss`` that does nothing in Python that must be done anew at each step; equal to the eager result up
             to rounding. What cannot be recorded is computed eagerly, and one warning says why.
 

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from .errors import HypergradientError
 
@@ -29,9 +30,9 @@ class Reading(Generic[T]):
     """
 
     def __init__(self, numbers: Sequence[Tensor], conclude: Callable[[list[float]], T]) -> None:
-        self._numbers, self._conclude = list(numbers), conclude
+        self.numbers, self.conclude = list(numbers), conclude
         self._found: list[T] = []
-        if all(map(at_once, self._numbers)):
+        if all(map(at_once, self.numbers)):
             self.take(self.vector().tolist())
 
     @property
@@ -46,12 +47,18 @@ class Reading(Generic[T]):
 
     def vector(self) -> Tensor:
         """The numbers, one after the other, in float64."""
-        flat = [number.detach().reshape(-1).to(self._numbers[0].device, torch.float64) for number in self._numbers]
+        flat = [number.detach().reshape(-1).to(self.numbers[0].device, torch.float64) for number in self.numbers]
         return flat[0] if len(flat) == 1 else torch.cat(flat)
 
     def take(self, numbers: list[float]) -> None:
         """Concludes the value from the numbers, now that they have been read."""
-        self._found = [self._conclude(numbers)]
+        self._found = [self.conclude(numbers)]
+
+
+# What is recorded and replayed gives the same readings of new numbers.
+register_pytree_node(
+    Reading, lambda reading: (reading.numbers, reading.conclude), lambda numbers, conclude: Reading(list(numbers), conclude)
+)
 
 
 def now_or_later(numbers: Sequence[Tensor], conclude: Callable[[list[float]], T]) -> T | Reading[T]:
@@ -63,6 +70,19 @@ def now_or_later(numbers: Sequence[Tensor], conclude: Callable[[list[float]], T]
 def settled(found: Any) -> Any:
     """The value of a reading, now that everything has been read; anything else as it is."""
     return found.value if isinstance(found, Reading) else found
+
+
+def in_turn(first: Any, then: Any) -> Any:
+    """``then``, a reading or not, whose errors come after those of ``first``."""
+    if not isinstance(first, Reading):
+        return then
+    count = sum(number.numel() for number in first.numbers)
+
+    def conclude(numbers: list[float]) -> Any:
+        first.conclude(numbers[:count])
+        return then.conclude(numbers[count:]) if isinstance(then, Reading) else then
+
+    return Reading([*first.numbers, *(then.numbers if isinstance(then, Reading) else [])], conclude)
 
 
 class Readings:

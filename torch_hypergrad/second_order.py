@@ -213,10 +213,9 @@ def way(second_order: SecondOrder) -> Way:
 
 class MeanGradient:
     """The mean training gradient of some steps at one state, before any transformation, and products with its derivative
-    from first-order gradients."""
+    that keep no graph; ``trace`` is one of the ways to them."""
 
-    def __init__(self, training: Training, steps: Sequence[Step], state: State, second_order: SecondOrder) -> None:
-        trace = way(second_order)
+    def __init__(self, training: Training, steps: Sequence[Step], state: State, trace: Way) -> None:
         traced = [trace(training, step, state) for step in steps]
         self._traced = [t for t in traced if isinstance(t, FirstOrder)]
         self._has_tensors = bool(training.hyperparameters.loss_tensors)
@@ -282,6 +281,8 @@ def _load_dual_formulas() -> None:
 
 
 def _means(every: Sequence[Tensors]) -> list[Tensor | None]:
+    if len(every) == 1:
+        return list(every[0])
     present = [[t for t in of_one if t is not None] for of_one in zip(*every)]
     return [torch.stack(tensors).sum(0).div_(len(every)) if tensors else None for tensors in present]
 

@@ -64,9 +64,10 @@ class Training:
         self._settings: tuple[dict[str, Any], ...] = ()
         self._written: State | None = None
         self._inspected = self._looked_at_loss = False
-        self.captures = captures
         self._recorder = recorder_for(self.params) if captures else None
-        self._plain_gradients = self.captured(self._eager_gradients, "the training gradient") or self._eager_gradients
+        self.captures = self._recorder is not None
+        # The training loss on a batch and its gradients, without graph, with model and generators as they stand.
+        self.plain_gradients = self.captured(self._eager_gradients, "the training gradient") or self._eager_gradients
 
     # ---- the model and the wrapped optimizer, as they stand -------------------------------------------------------
 
@@ -285,7 +286,7 @@ class Training:
     ) -> tuple[Step, State, tuple[Tensor | None, ...] | None]:
         """Takes ``step`` from the current state: the step with what came out of it, the state after it, and the gradients
         before any transformation if they are to be kept."""
-        loss, grads = self._plain_gradients(step.batch)
+        loss, grads = self.plain_gradients(step.batch)
         step = self.finish(step, loss, grads)
         after = self.advance(state, self.transform(grads, keep=keep_grads), step)
         return step, after, tuple(grads) if keep_grads else None
@@ -297,7 +298,7 @@ class Training:
 
     def take_with_optimizer(self, step: Step) -> Step:
         """Takes ``step`` by the wrapped optimizer itself, at its own speed; no state of it can be recorded."""
-        loss, grads = self._plain_gradients(step.batch)
+        loss, grads = self.plain_gradients(step.batch)
         grads = self.transform(grads)
         groups, before = self._optimizer.param_groups, [p.grad for p in self.params]
         untuned = [dict(group) for group in groups]

@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from torch import Tensor
 
-from ..curvature import BatchGraph, GradientGraph, captured_outputs
+from ..capture import Captured
+from ..curvature import BatchGraph, GradientGraph, Pull, captured_outputs
 from ..hyperparameter_set import HyperparameterSet
-from ..readings import Readings, now_or_later
+from ..readings import in_turn, now_or_later
 from ..records import State, Step
-from ..second_order import MeanGradient, SecondOrder, check_second_order
+from ..second_order import MeanGradient, SecondOrder, check_second_order, way_of
 from ..solvers import SolveInfo, Solver
 from ..solvers.base import Matvec, check_positive_int
-from ..stationarity import Stationarity
+from ..stationarity import Derivatives, Space, Stationarity, product
 from ..training import Training
 from ..trajectory import pack_step, unpack_step
 from ..updates import UpdateRule
 from .base import Method, Recording, Statistics, Validation, add_direct
+
+Answer: TypeAlias = tuple[Tensor, list[Tensor | None], tuple[Any, ...]]
+"""q, its mixed product for each tuned tensor of the training loss, and the statistics."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,10 @@ class ImplicitRecording(Recording):
         self._training, self._method = training, method
         self._steps: deque[Step] = deque(maxlen=method.num_batches)
         self.reads_states = not training.optimizer_can_step
+        self._way = way_of(training, method.second_order)
+        self._replayed: Captured | None = None
+        if method.second_order == "reverse" and training.rule.elementwise and not method.solver.waits:
+            self._replayed = training.captured(self._answer_of_batch, "the solve of the implicit method")
 
     def take(self, step: Step, state: State | None) -> tuple[Step, State | None]:
         if state is None:
@@ -148,51 +157,87 @@ class ImplicitRecording(Recording):
         self._steps.extend(unpack_step(step) for step in saved["steps"])
 
     def hypergradient(self, validation: Validation) -> tuple[list[Tensor], Statistics]:
-        hyperparameters = self._training.hyperparameters
-        state = self._training.capture()
-        if self._method.second_order == "reverse":
-            graph: GradientGraph | MeanGradient = self._gradient_graph()
+        training, hyperparameters = self._training, self._training.hyperparameters
+        state = training.capture()
+        if self._replayed is not None and len(self._steps) == 1:
+            grads, answer = self._gradient(), partial(self._replay, self._replayed, state)
         else:
-            graph = MeanGradient(self._training, self._steps, state, self._method.second_order)
-        stationarity = Stationarity(self._training, self._steps[-1], state, graph.mean())
-        gauss_newton = isinstance(graph, GradientGraph) and self._method.curvature == "gauss_newton"
-        pull = graph.gauss_newton() if gauss_newton else graph.hessian_product  # type: ignore[union-attr]
-        b = stationarity.joined(validation.grads)
-        q, info = self._solve(lambda v: stationarity.product(v, pull), b, stationarity)
+            graph = self._graph(state)
+            grads, answer = graph.mean(), partial(self._answer, graph)
+        stationarity = Stationarity(training, self._steps[-1], state, grads)
+        b = stationarity.space.joined(validation.grads)
+        diagonal = None if self._method.preconditioner is None else stationarity.preconditioner()
+        q, mixed, found = answer(stationarity.space, stationarity.derivatives(), b, diagonal)
         totals = hyperparameters.zero_adjoints()
-        adj_grads = stationarity.pull_tuned(q, totals)
-        for total, part in zip(totals[len(hyperparameters.settings) :], graph.mixed_product(adj_grads)):
+        stationarity.pull_tuned(q, totals)
+        for total, part in zip(totals[len(hyperparameters.settings) :], mixed):
             if part is not None:
                 total += part
         gradients = [-g for g in hyperparameters.reduce(totals)]
-        error = graph.error if isinstance(graph, MeanGradient) else None
-        product_error = None if error is None else now_or_later([error], lambda numbers: numbers[0])
-        statistics = Statistics(info.num_matvecs, info.residual, product_error)
-        return add_direct(hyperparameters, gradients, validation), statistics
+        return add_direct(hyperparameters, gradients, validation), Statistics(*found)
 
-    def _gradient_graph(self) -> GradientGraph:
-        """The gradient at the current weights on the recorded batches, with graph."""
-        training, batches = self._training, []
-        watched = training.model if self._method.curvature == "gauss_newton" else None
+    def _gradient(self) -> list[Tensor | None]:
+        """The gradient at the current weights on the last batch."""
+        self._training.return_to(self._steps[-1])
+        return self._training.plain_gradients(self._steps[-1].batch)[1]
+
+    def _graph(self, state: State) -> GradientGraph | MeanGradient:
+        """The mean gradient at the current weights on the recorded batches, and products with its derivative."""
+        training, method = self._training, self._method
+        if method.second_order != "reverse" or (training.captures and method.curvature == "hessian"):
+            return MeanGradient(training, self._steps, state, self._way())
+        batches = []
         for step in self._steps:
-            with captured_outputs(watched) as outputs:
-                loss, grads, _ = training.revisit(step, create_graph=True)
-            batches.append(BatchGraph(loss, grads, outputs))
+            training.return_to(step)
+            batches.append(self._batch_graph(step.batch))
         return GradientGraph(batches, training.params, training.hyperparameters.loss_tensors)
 
-    def _solve(self, matvec: Matvec, b: Tensor, stationarity: Stationarity) -> tuple[Tensor, SolveInfo]:
+    def _batch_graph(self, batch: Any) -> BatchGraph:
+        with captured_outputs(self._training.model if self._method.curvature == "gauss_newton" else None) as outputs:
+            loss, grads, _ = self._training.gradients(batch, create_graph=True)
+        return BatchGraph(loss, grads, outputs)
+
+    def _replay(self, replayed: Captured, state: State, *inputs: Any) -> Answer:
+        """:meth:`_answer` as one recorded function of the last batch and ``inputs``."""
+        assert state.buffers is not None
+        self._training.model_state.set_buffers(state.buffers)
+        self._training.return_to(self._steps[-1])
+        return replayed((self._steps[-1].batch, *inputs))
+
+    def _answer_of_batch(self, inputs: Any) -> Answer:
+        batch, *others = inputs
+        training = self._training
+        graph = GradientGraph([self._batch_graph(batch)], training.params, training.hyperparameters.loss_tensors)
+        return self._answer(graph, *others)
+
+    def _answer(
+        self,
+        graph: GradientGraph | MeanGradient,
+        space: Space,
+        derivatives: Derivatives,
+        b: Tensor,
+        diagonal: Tensor | None,
+    ) -> Answer:
+        """All that takes products with the gradient's derivative. Numbers of the update rule are in ``derivatives`` and
+        ``diagonal``, as tensors, so that none is kept by a recording."""
+        pull: Pull = graph.hessian_product
+        check = None
+        if isinstance(graph, GradientGraph) and self._method.curvature == "gauss_newton":
+            pull, check = graph.gauss_newton()
+        q, info = self._solve(lambda v: product(space, derivatives, v, pull), b, diagonal)
+        mixed = graph.mixed_product(space.per_parameter(derivatives(q)[1]))
+        product_error = None if graph.error is None else now_or_later([graph.error], lambda numbers: numbers[0])
+        return q, mixed, (info.num_matvecs, in_turn(check, info.residual), product_error)
+
+    def _solve(self, matvec: Matvec, b: Tensor, diagonal: Tensor | None) -> tuple[Tensor, SolveInfo]:
         solver = self._method.solver
-        if self._method.preconditioner is None:
+        if diagonal is None:
             return solver.solve(matvec, b)
-        diagonal = stationarity.preconditioner()
         scale = diagonal.rsqrt()
         y, info = solver.solve(lambda v: matvec(v * scale).mul_(scale), b * scale)
         q = y.mul_(scale)
         if info.residual is None:
             return q, info
-        asked = Readings()
-        asked.note(info.residual)
-        asked.read()  # what the solver found wrong comes first
         norms = [(b - matvec(q)).sub_(diagonal * q, alpha=info.damping).norm(), b.norm()]
         relative = now_or_later(norms, lambda found: found[0] / found[1] if found[1] > 0 else 0.0)
-        return q, replace(info, num_matvecs=info.num_matvecs + 1, residual=relative)
+        return q, replace(info, num_matvecs=info.num_matvecs + 1, residual=in_turn(info.residual, relative))

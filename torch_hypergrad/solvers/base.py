@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class SolveInfo:
 
 class Solver(ABC):
     """Solves ``(A + damping I) x = b`` on flat vectors. Instances are immutable options and may be shared."""
+
+    waits: ClassVar[bool] = True
+    """Whether :meth:`solve` waits for the device. One that does not, and draws no random numbers from generators of its
+    own, can be recorded as a whole; numbers that it reports are readings."""
 
     @abstractmethod
     def solve(self, matvec: Matvec, b: Tensor) -> tuple[Tensor, SolveInfo]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,8 @@ class Identity(Solver):
     """
 
     scale: float = 1.0
+
+    waits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_number(self.scale, "Identity: scale", positive=True)

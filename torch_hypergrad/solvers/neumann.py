@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import readings
 from ..errors import SolverError
 from ..readings import Reading, now_or_later
 from .base import Matvec, SolveInfo, Solver, check_norm, check_number, check_positive_int, damped
@@ -44,6 +44,8 @@ class Neumann(Solver):
     num_terms: int = 20
     scale: float | None = None
     damping: float = 0.0
+
+    waits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_positive_int(self.num_terms, "Neumann: num_terms")
@@ -94,12 +96,22 @@ class Neumann(Solver):
 
 def largest_eigenvalue(matvec: Matvec, like: Tensor) -> Tensor:
     """The largest absolute eigenvalue by power iteration, from a fixed random start: a lower bound. No
-    synchronization, and the global random number generators are not touched."""
-    device = torch.device("cpu") if readings.at_once(like) else like.device  # what comes from elsewhere has to be waited for
-    generator = torch.Generator(device).manual_seed(0)
-    v = torch.randn(like.shape, generator=generator, dtype=torch.float64, device=device).to(like)
+    synchronization, and no random number generators."""
+    v = scattered(like)
     size = v.norm()
     for _ in range(NUM_POWER_ITERATIONS):
         v = matvec(v / size.clamp(min=torch.finfo(like.dtype).tiny))
         size = v.norm()
     return size
+
+
+def scattered(like: Tensor) -> Tensor:
+    """Numbers between -1 and 1 without a pattern, the same ones on every device: hashes of the positions. A generator's
+    numbers would have to be brought to a device, or could not be recorded there.
+
+    Source: after the finalizer of MurmurHash3, Appleby 2011.
+    """
+    bits = torch.arange(1, len(like) + 1, device=like.device).int()
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits.bitwise_xor_(bits >> shift).mul_(factor - 2**32)
+    return bits.to(torch.float32).div_(2**31).to(like)
