@@ -21,7 +21,7 @@ NUM_DISTINCT_BATCHES = 50  # taken in turn, so that a long window needs no more 
 # hypergradients can be compared.
 OPTIMIZERS: dict[str, partial[Any]] = {
     "sgd": partial(torch.optim.SGD, lr=0.003, momentum=0.9, foreach=True),
-    "adam": partial(torch.optim.Adam, lr=1e-3, eps=1e-3, foreach=True),
+    "adam": partial(torch.optim.Adam, lr=3e-4, eps=1e-2, foreach=True),
 }
 
 
