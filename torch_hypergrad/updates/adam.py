@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -18,6 +19,7 @@ from .base import (
     addcdiv,
     addcmul,
     adjoint_of,
+    beside,
     decayed,
     is_on,
     l2_stationarity,
@@ -83,15 +85,17 @@ def pull_adam(
         return None
     _, decayed_grad = decay(param, grad, settings)
     step, exp_avg, exp_avg_sq = moments(decayed_grad, state, settings)
-    denominator = preconditioner(exp_avg_sq, step, settings)
+    root, bias_correction2 = exp_avg_sq.sqrt_(), (1 - beta2**step) ** 0.5
+    denominator = torch.add(beside(settings["eps"], root), root, alpha=1 / bias_correction2)
     ratio, step_size = exp_avg / denominator, lr / (1 - beta1**step)
-    adj_ratio = (adj_param * -step_size).div_(denominator)
+    scaled = adj_param / denominator  # the adjoint of the ratio is -step_size times this
+    adj_avg = add_scaled(adj_state["exp_avg"], scaled, -step_size) if "exp_avg" in adj_state else scaled * -step_size
     # d denominator / d exp_avg_sq = 1 / (2 root bias_correction2), taken as 0 where the root is 0: see autodiff.sqrt.
-    root = exp_avg_sq.sqrt_().mul_(2 * (1 - beta2**step) ** 0.5)
-    adj_sq = (adj_ratio * ratio).neg_().div_(root).masked_fill_(root == 0, 0.0)
-    adj_avg = adj_ratio if "exp_avg" not in adj_state else adj_ratio.add_(adj_state["exp_avg"])
-    adj_sq = adj_sq if "exp_avg_sq" not in adj_state else adj_sq.add_(adj_state["exp_avg_sq"])
-    adj_grad = (adj_sq * decayed_grad).mul_(2 * (1 - beta2)).add_(adj_avg, alpha=1 - beta1)
+    slope = root.reciprocal_().nan_to_num_(nan=math.nan, posinf=0.0)
+    adj_sq = add_scaled(
+        adj_state.get("exp_avg_sq", beside(0.0, slope)), slope.mul_(ratio).mul_(scaled), step_size / (2 * bias_correction2)
+    )
+    adj_grad = torch.addcmul(adj_avg * (1 - beta1), adj_sq, decayed_grad, value=2 * (1 - beta2))
     adj_before = {"exp_avg": adj_avg * beta1, "exp_avg_sq": adj_sq * beta2} if "exp_avg" in state else {}
     decoupled = settings.get("decoupled_weight_decay", False)
     adj_settings = {}
