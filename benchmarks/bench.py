@@ -1,6 +1,6 @@
 """Time and memory of hypergradients, ours beside peers' and the plain loop's.
 
-    python -m benchmarks.bench [--suite quick|targets|small|grid|scaling ...] [--out docs/results/bench.md]
+    python -m benchmarks.bench [--suite quick|targets|small|resnet18|grid|scaling ...] [--out docs/results/bench.md]
 
 Prints a table for each case as soon as it is measured, and writes all as one page. Answers are cross-checked: a wrong one
 ends the run. ``--profile`` shows instead where the time of our training steps and hyper steps goes.

@@ -47,6 +47,12 @@ SMALL = [
     Case("implicit", "transformer", 10),
 ]
 
+RESNET18 = [
+    Case("implicit", "resnet18", 10),
+    Case("unrolled", "resnet18", 10),
+    Case("unrolled", "resnet18", 10, "adam", "element"),
+]
+
 SCALING_ROWS = ("plain", "unrolled", "few snapshots", "graphs", "higher", "TorchOpt, penalty")  # all are exact
 SCALING = [
     *(Case("unrolled", "mlp", num_steps, only=SCALING_ROWS) for num_steps in (10, 30, 100, 300, 1000)),
@@ -54,7 +60,7 @@ SCALING = [
     *(Case("implicit", "mlp", num_terms) for num_terms in (5, 10, 20, 50)),
 ]
 
-SUITES = {"quick": QUICK, "targets": TARGETS_SUITE, "small": SMALL, "grid": GRID, "scaling": SCALING}
+SUITES = {"quick": QUICK, "targets": TARGETS_SUITE, "small": SMALL, "resnet18": RESNET18, "grid": GRID, "scaling": SCALING}
 
 
 def blocks(cases: list[Case]) -> Iterator[list[Case]]:
