@@ -47,11 +47,7 @@ SMALL = [
     Case("implicit", "transformer", 10),
 ]
 
-RESNET18 = [
-    Case("implicit", "resnet18", 10),
-    Case("unrolled", "resnet18", 10),
-    Case("unrolled", "resnet18", 10, "adam", "element"),
-]
+RESNET18 = [Case("implicit", "resnet18", 10), Case("unrolled", "resnet18", 10)]
 
 SCALING_ROWS = ("plain", "unrolled", "few snapshots", "graphs", "higher", "TorchOpt, penalty")  # all are exact
 SCALING = [
