@@ -89,8 +89,9 @@ class Adam:
         self._tan_square = 0.999 * self._tan_square + 0.002 * g * tan_g
         root = (self._square / bias2).sqrt()
         tan_root = torch.where(root > 0, self._tan_square / bias2 / (2 * root), 0.0)
-        direction, below = self._mean / bias1, root + 1e-2
-        return -3e-4 * direction / below, -3e-4 * (self._tan_mean / bias1 - direction * tan_root / below) / below
+        lr, eps = (OPTIMIZERS["adam"].keywords[name] for name in ("lr", "eps"))
+        direction, below = self._mean / bias1, root + eps
+        return -lr * direction / below, -lr * (self._tan_mean / bias1 - direction * tan_root / below) / below
 
 
 RULES: dict[str, type[SGD] | type[Adam]] = {"sgd": SGD, "adam": Adam}

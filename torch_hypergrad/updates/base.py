@@ -58,8 +58,8 @@ class UpdateRule:
         whole: tunable settings that act on a parameter as a whole, and so have no value per element.
         pull: ``pull(param, grad, state, settings, adj_param, adj_state) -> Pulled``, the vector-Jacobian product of
             ``update`` written out: from the adjoints of what ``update`` returns to those of what it reads. It may return
-            None for settings that it does not cover. None leaves all to autograd, which takes half as many passes over
-            memory again, or more.
+            None for settings that it does not cover. None leaves all to autograd, which takes about twice as many passes over
+            memory.
         preconditioner: ``preconditioner(state, settings) -> D``, the positive diagonal that the rule divides its steps by,
             such as ``sqrt(v) + eps``, from a state after a step; only its proportions matter. None if it has none.
     """
