@@ -1,4 +1,5 @@
-"""The report of a run: every picture is there, what it says is true, and no folder of a run is too odd for it."""
+"""The report of a run: every picture is there, what it says is true,
+and no folder of a run is too odd for it."""
 
 from __future__ import annotations
 
@@ -15,16 +16,26 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from synthetic_runs import CNN, MLP, PER_ELEMENT, augmentation_run, cleaning_run, decays, make_run, resnet_shapes, schedule_run
+from synthetic_runs import (
+    CNN,
+    MLP,
+    PER_ELEMENT,
+    augmentation_run,
+    cleaning_run,
+    decays,
+    make_run,
+    resnet_shapes,
+    schedule_run,
+)
 from torch_hypergrad.experiment.config import ConfigError, Tune
-from torch_hypergrad.experiment.report import style, table_of, write_report
+from torch_hypergrad.experiment.report import style, table_of, warnings_of, write_report
 from torch_hypergrad.experiment.report.read import read_run
 from torch_hypergrad.experiment.report.trust import trust_sentences
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
-# ---- reading a page ---------------------------------------------------------------------------------------------------
+# ---- reading a page ----------------------------------------------------------------------------------------
 
 
 class Reader(HTMLParser):
@@ -57,7 +68,8 @@ class Reader(HTMLParser):
 
 
 def read_page(path: Path) -> str:
-    """The text of a page, after checks that it is well-formed, stands by itself, and shows the pictures beside it."""
+    """The text of a page, after checks that it is well-formed, stands by itself,
+    and shows the pictures beside it."""
     html = path.read_text(encoding="utf-8")
     reader = Reader()
     reader.feed(html)
@@ -66,7 +78,9 @@ def read_page(path: Path) -> str:
     assert "script" not in reader.tags
     assert not re.search(r"url\(|@import", html)
     assert not any(reference.startswith(("http", "//", "file")) for reference in reader.references)
-    shown = [base64.b64decode(picture["src"].removeprefix("data:image/png;base64,")) for picture in reader.pictures]
+    shown = [
+        base64.b64decode(picture["src"].removeprefix("data:image/png;base64,")) for picture in reader.pictures
+    ]
     assert sorted(shown) == sorted(file.read_bytes() for file in path.parent.glob("*.png"))
     for picture, png in zip(reader.pictures, shown):
         assert len(picture["alt"]) > 20
@@ -84,7 +98,7 @@ def coarse_pictures(monkeypatch):
     monkeypatch.setattr(style, "DPI", 50)
 
 
-# ---- one run ----------------------------------------------------------------------------------------------------------
+# ---- one run -----------------------------------------------------------------------------------------------
 
 
 def test_weight_decay_of_an_mlp_per_element(tmp_path):
@@ -94,9 +108,18 @@ def test_weight_decay_of_an_mlp_per_element(tmp_path):
     page = write_report([run])
     assert page == run / "report" / "report.html"
     text = read_page(page)
-    expected = {"curves", "health", "histograms", "layers_weight_decay", "pixels_weight_decay", "values_over_time"}
+    expected = {
+        "curves",
+        "health",
+        "histograms",
+        "layers_weight_decay",
+        "pixels_weight_decay",
+        "values_over_time",
+    }
     assert pictures_of(page) == expected
-    assert text.startswith("a <script> & $tag$ Tuned weight_decay (one for every single weight): 2,410 values, by implicit")
+    assert text.startswith(
+        "a <script> & $tag$ Tuned weight_decay (one for every single weight): 2,410 values, by implicit"
+    )
     assert "<script>alert(1)</script> & $x$" in text
     assert "90.0 % test accuracy 0.200 test loss" in text
     assert "20 taken, 0 skipped; 400 products with the Hessian" in text
@@ -106,7 +129,12 @@ def test_weight_decay_of_an_mlp_per_element(tmp_path):
     values = final["weight_decay/hidden.bias"].double().numpy()
     low, high = np.quantile(values, [0.05, 0.95])
     numbers = [values.min(), low, np.median(values), high, values.max()]
-    assert " ".join(["weight_decay/hidden.bias 32 0.001", *(f"{value:.3g}".replace("e-0", "e-") for value in numbers)]) in text
+    assert (
+        " ".join(
+            ["weight_decay/hidden.bias 32 0.001", *(f"{value:.3g}".replace("e-0", "e-") for value in numbers)]
+        )
+        in text
+    )
 
 
 def test_filters_of_a_cnn_per_element(tmp_path):
@@ -119,7 +147,9 @@ def test_filters_of_a_cnn_per_element(tmp_path):
 def test_tensors_of_a_resnet_are_grouped_and_counted(tmp_path):
     shapes = resnet_shapes()
     assert len(shapes) == 62
-    run = make_run(tmp_path / "resnet", *decays(shapes), tune=PER_ELEMENT, tuned={"mean_image": torch.rand(3, 32, 32)})
+    run = make_run(
+        tmp_path / "resnet", *decays(shapes), tune=PER_ELEMENT, tuned={"mean_image": torch.rand(3, 32, 32)}
+    )
     text = read_page(write_report([run]))
     assert "The 62 tuned tensors over training, grouped by kind" in text
     assert "All 62 tuned tensors in numbers" in text
@@ -130,7 +160,10 @@ def test_a_learned_schedule(tmp_path):
     page = write_report([schedule_run(tmp_path / "schedule")])
     text = read_page(page)
     assert pictures_of(page) == {"curves", "health", "schedules", "values_over_time"}
-    assert "lr (one for each training step) and weight_decay (one for each group of parameters): 501 values" in text
+    assert (
+        "lr (one for each training step) and weight_decay (one for each group of parameters): 501 values"
+        in text
+    )
     assert "It is the exact derivative" in text
     assert "where each of the 20 trainings begins" in text
 
@@ -151,7 +184,9 @@ def test_data_cleaning_counts_and_auc(tmp_path):
     of_right = [weight for weight, bad in zip(weights, wrong) if not bad]
     of_wrong = [weight for weight, bad in zip(weights, wrong) if bad]
     found, falsely = sum(weight < 0.5 for weight in of_wrong), sum(weight < 0.5 for weight in of_right)
-    assert f"Of 60 wrong labels, {found} have a weight under 0.5; of 240 right labels, {falsely} have." in text
+    assert (
+        f"Of 60 wrong labels, {found} have a weight under 0.5; of 240 right labels, {falsely} have." in text
+    )
     area = statistics.mean((good > bad) + (good == bad) / 2 for good in of_right for bad in of_wrong)
     assert f"(AUC {area:.3f})" in text
     assert f"example_weights 300 0.5 {min(weights):.3g}" in text  # tuned as logits, shown as weights
@@ -160,11 +195,16 @@ def test_data_cleaning_counts_and_auc(tmp_path):
 def test_data_cleaning_without_known_wrong_labels(tmp_path):
     run = cleaning_run(tmp_path / "cleaning")
     saved = torch.load(run / "tuned.pt", weights_only=True)
-    saved["lowest"]["wrong"], saved["wrong"] = torch.zeros(10, dtype=torch.bool), torch.zeros(300, dtype=torch.bool)
+    saved["lowest"]["wrong"], saved["wrong"] = (
+        torch.zeros(10, dtype=torch.bool),
+        torch.zeros(300, dtype=torch.bool),
+    )
     torch.save(saved, run / "tuned.pt")
     text = read_page(write_report([run]))
     low = int((saved["example_weights"] < 0.5).sum())
-    assert f"Of 300 training images, {low} have a weight under 0.5. Which labels are wrong is not known." in text
+    assert (
+        f"Of 300 training images, {low} have a weight under 0.5. Which labels are wrong is not known." in text
+    )
     assert "AUC" not in text
 
 
@@ -176,7 +216,7 @@ def test_a_run_that_tunes_nothing(tmp_path):
     assert "Nothing was tuned in this run." in text
 
 
-# ---- odd folders ------------------------------------------------------------------------------------------------------
+# ---- odd folders -------------------------------------------------------------------------------------------
 
 
 def test_unfinished_run_with_a_half_written_line(tmp_path):
@@ -214,20 +254,34 @@ def test_values_that_are_zero_or_all_the_same(tmp_path, final):
     last = {name: torch.full_like(value, final) for name, value in start.items()}
     last["weight_decay/out.bias"][0] = 0.0
     tune = {"weight_decay": Tune(per="element", log=True), "lr": Tune()}
-    run = make_run(tmp_path / "same", start, last, tune=tune, num_hyper=2, hyper={"hypergradient_norm": 0.0, "residual": 0.0})
+    run = make_run(
+        tmp_path / "same",
+        start,
+        last,
+        tune=tune,
+        num_hyper=2,
+        hyper={"hypergradient_norm": 0.0, "residual": 0.0},
+    )
     assert "More than half of the hypergradients are 0" in read_page(write_report([run]))
 
 
 def test_losses_and_values_that_are_not_numbers(tmp_path):
     nan, (start, final) = float("nan"), decays(MLP)
     final["weight_decay/out.bias"][:], final["weight_decay/hidden.weight"][0, 0] = nan, nan
-    lost = {"hypergradient_norm": nan, "residual": [nan, 0.75, nan], "values": {"weight_decay/hidden.bias": nan}}
+    lost = {
+        "hypergradient_norm": nan,
+        "residual": [nan, 0.75, nan],
+        "values": {"weight_decay/hidden.bias": nan},
+        "warnings": {},
+    }
     run = make_run(tmp_path / "lost", start, final, tune=PER_ELEMENT, num_hyper=3, hyper=lost)
     part = {"loss": nan, "accuracy": nan}
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"kind": "eval", "step": 600, "seconds": 1, "train": part, "val": part}) + "\n3\n[]\n")
+        file.write(
+            json.dumps({"kind": "eval", "step": 600, "seconds": 1, "train": part, "val": part}) + "\n3\n[]\n"
+        )
     text = read_page(write_report([run]))
-    assert "The solver left 75 % of the linear system unsolved" in text
+    assert f"{GOOD} 75 % of the linear system unsolved." in text
     assert "2 lines of metrics.jsonl could not be read" in text
 
 
@@ -261,19 +315,28 @@ def test_no_folder_is_refused():
         table_of([])
 
 
-# ---- trust ------------------------------------------------------------------------------------------------------------
+# ---- trust -------------------------------------------------------------------------------------------------
 
 GOOD = "Nothing in the numbers of this run speaks against the hypergradient: the solver left"
 BAD = {
-    "unsolved": (
-        {"residual": [0.1] * 10 + [0.7, 0.8, 0.9] * 3 + [0.8]},
+    "warned": (
+        {
+            "warnings": [{}] * 8
+            + [{"The solve left #%.": f"The solve left {left}%."} for left in range(60, 72)]
+        },
         (),
-        "The solver left 80 % of the linear system unsolved",
+        "12 of 20 hyper steps gave a warning, the last at training step 480: The solve left 71%.",
     ),
-    "growth": ({"hypergradient_norm": [2.0] * 19 + [5e4]}, (), "rose to 50,000 at training step 480, 25,000 times its median"),
-    "chaotic": ({"adjoint_growth": 4e3}, (), "Adjoints grew 4,000 times over the sweep"),
-    "products": ({"product_error": 0.6}, (), "Products by finite differences are uncertain by 60.0 %"),
-    "skipped": ({}, (5, 6, 7), "3 of 23 hyper steps were skipped (13.0 %), each time for this reason: Neumann diverged."),
+    "growth": (
+        {"hypergradient_norm": [2.0] * 19 + [5e4]},
+        (),
+        "rose to 50,000 at training step 480, 25,000 times its median",
+    ),
+    "skipped": (
+        {},
+        (5, 6, 7),
+        "3 of 23 hyper steps were skipped (13.0 %), each time for this reason: Neumann diverged.",
+    ),
     "bounds": (
         {"clipped": {"weight_decay/group0": 6}},
         (),
@@ -294,14 +357,21 @@ def test_doubts_are_told_with_their_numbers(tmp_path, problem):
 
 
 def test_doubts_stand_at_the_top_of_the_page_and_in_their_section(tmp_path):
-    hyper, _, sentence = BAD["unsolved"]
-    text = read_page(write_report([make_run(tmp_path / "doubtful", *decays(FEW), tune=PER_ELEMENT, hyper=hyper)]))
+    hyper, _, sentence = BAD["warned"]
+    text = read_page(
+        write_report([make_run(tmp_path / "doubtful", *decays(FEW), tune=PER_ELEMENT, hyper=hyper)])
+    )
     assert text.count(sentence) == 2
     assert GOOD not in text
 
 
 def test_nothing_is_said_against_a_good_run(tmp_path):
-    limits = {"residual": 0.5, "hypergradient_norm": [1.0] * 19 + [1e3], "clipped": {"weight_decay/group0": 5}}
+    limits = {
+        "residual": 0.5,
+        "hypergradient_norm": [1.0] * 19 + [1e3],
+        "clipped": {"weight_decay/group0": 5},
+        "warnings": {},
+    }
     run = make_run(tmp_path / "good", *decays(FEW), tune=PER_ELEMENT, hyper=limits, skipped=(5, 6))
     text = read_page(write_report([run]))
     assert f"{GOOD} 50 % of the linear system unsolved." in text
@@ -309,9 +379,29 @@ def test_nothing_is_said_against_a_good_run(tmp_path):
     assert not any(sentence in text for _, _, sentence in BAD.values())
 
 
-# ---- several runs -----------------------------------------------------------------------------------------------------
+def test_a_run_of_a_version_that_logged_no_warnings_is_not_called_good(tmp_path):
+    run = make_run(tmp_path / "old", *decays(FEW), tune=PER_ELEMENT, hyper={"residual": 0.9})
+    text = read_page(write_report([run]))
+    assert "The warnings of 20 hyper steps were not recorded." in text
+    assert GOOD not in text
+    assert warnings_of([run]) == []
 
-ACCURACIES = {"none": (0.9, 0.91, 0.92), "grid": (0.93, 0.93, 0.95), "tuned": (0.96, 0.97, 0.95), "both": (0.97, 0.96, 0.97)}
+
+def test_warnings_of_several_runs_are_told_with_their_names(tmp_path):
+    hyper, _, sentence = BAD["warned"]
+    runs = [make_run(tmp_path / name, *decays(FEW), hyper=hyper) for name in ("one", "other")]
+    assert warnings_of(runs) == [f"one: {sentence}", f"other: {sentence}"]
+    assert warnings_of(runs[:1]) == [sentence]
+
+
+# ---- several runs ------------------------------------------------------------------------------------------
+
+ACCURACIES = {
+    "none": (0.9, 0.91, 0.92),
+    "grid": (0.93, 0.93, 0.95),
+    "tuned": (0.96, 0.97, 0.95),
+    "both": (0.97, 0.96, 0.97),
+}
 
 
 @pytest.fixture(scope="module")
@@ -321,12 +411,19 @@ def rivals(tmp_path_factory):
     for row, accuracies in ACCURACIES.items():
         for seed, accuracy in enumerate(accuracies):
             values = decays(MLP) if row == "tuned" else ()
-            config = {"train": {"seed": seed}, "optimizer": {"options": {"lr": 0.1, "weight_decay": 0.25 + seed}}}
+            config = {
+                "train": {"seed": seed},
+                "optimizer": {"options": {"lr": 0.1, "weight_decay": 0.25 + seed}},
+            }
             config |= {"method": {"name": "implicit" if values else "none"}}
             config |= {"data": {"train_on": "train_and_val" if row == "both" else "train"}}
             tune = PER_ELEMENT if values else None
             where = folder / row / f"seed-{seed}"
-            runs.append(make_run(where, *values, tune=tune, config=config, accuracy=accuracy, num_hyper=2 * bool(values)))
+            runs.append(
+                make_run(
+                    where, *values, tune=tune, config=config, accuracy=accuracy, num_hyper=2 * bool(values)
+                )
+            )
     return runs
 
 
@@ -350,7 +447,8 @@ def test_rivals_of_three_seeds(rivals):
 
 def test_runs_that_differ_in_the_seed_alone_are_put_together(tmp_path):
     runs = [
-        make_run(tmp_path / f"first-{seed}", config={"train": {"seed": seed}}, accuracy=0.8 + seed / 50) for seed in (0, 1)
+        make_run(tmp_path / f"first-{seed}", config={"train": {"seed": seed}}, accuracy=0.8 + seed / 50)
+        for seed in (0, 1)
     ]
     runs += [make_run(tmp_path / "second", config={"train": {"seed": 0, "batch_size": 7}}, finished=False)]
     page = write_report(runs)
@@ -363,7 +461,10 @@ def test_runs_that_differ_in_the_seed_alone_are_put_together(tmp_path):
 
 
 def test_sixty_runs_in_many_rows(tmp_path):
-    runs = [make_run(tmp_path / f"row {i // 4}" / f"seed-{i % 4}", accuracy=0.5 + i / 200, steps=100) for i in range(60)]
+    runs = [
+        make_run(tmp_path / f"row {i // 4}" / f"seed-{i % 4}", accuracy=0.5 + i / 200, steps=100)
+        for i in range(60)
+    ]
     text = read_page(write_report(runs, tmp_path / "report"))
     assert "60 runs in 15 rows." in text
     assert "All 60 runs" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import signal
@@ -70,7 +71,7 @@ def inputs_of(config: Config) -> tuple[nn.Module, Tensor, Tensor, Any]:
     return parts.model, ((images - mean) / std).float(), data.train.labels, parts.train_order
 
 
-# ---- against loops by hand --------------------------------------------------------------------------------------------
+# ---- against loops by hand ---------------------------------------------------------------------------------
 
 
 def test_untuned_training_is_that_of_a_plain_loop(tmp_path: Path) -> None:
@@ -147,7 +148,8 @@ def test_results_are_those_of_the_saved_model(tmp_path: Path) -> None:
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
     first, second = (
-        run(configured(SMALL, tmp_path / str(seed), train={"seed": seed}), tmp_path / str(seed)) for seed in (0, 1)
+        run(configured(SMALL, tmp_path / str(seed), train={"seed": seed}), tmp_path / str(seed))
+        for seed in (0, 1)
     )
     assert metrics_of(first) != metrics_of(second)
 
@@ -157,7 +159,8 @@ def test_bf16_stays_close_to_float32(name: str, tmp_path: Path) -> None:
     losses = []
     for precision in ("float32", "bf16"):
         folder = run(
-            configured(CONFIGURATIONS[name], tmp_path / precision, train={"precision": precision}), tmp_path / precision
+            configured(CONFIGURATIONS[name], tmp_path / precision, train={"precision": precision}),
+            tmp_path / precision,
         )
         losses.append(summary_of(folder)["val"]["loss"])
         dtypes = {tensor.dtype for tensor in torch.load(folder / "model.pt", weights_only=True).values()}
@@ -168,7 +171,10 @@ def test_bf16_stays_close_to_float32(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    [pytest.param(f, id=f.stem, marks=[pytest.mark.slow] * ("resnet" in f.stem)) for f in sorted(CONFIGS.glob("*.yaml"))],
+    [
+        pytest.param(f, id=f.stem, marks=[pytest.mark.slow] * ("resnet" in f.stem))
+        for f in sorted(CONFIGS.glob("*.yaml"))
+    ],
 )
 def test_a_shipped_configuration_trains_and_tunes(file: Path, tmp_path: Path) -> None:
     """In a short form, on digits in place of data that must be downloaded."""
@@ -188,11 +194,12 @@ def test_a_shipped_configuration_trains_and_tunes(file: Path, tmp_path: Path) ->
     assert write_report([folder]).exists()
 
 
-# ---- what goes wrong --------------------------------------------------------------------------------------------------
+# ---- what goes wrong ---------------------------------------------------------------------------------------
 
 
 def test_a_solver_that_fails_skips_the_hyper_step_and_says_so(tmp_path: Path) -> None:
-    """A series with a scale far above 2 / eigenvalue diverges; training goes on with the values as they are."""
+    """A series with a scale far above 2 / eigenvalue diverges;
+    training goes on with the values as they are."""
     method = {"solver": "neumann", "scale": 1e4, "num_terms": 10, "damping": 0.1}
     folder = run(configured(SMALL, tmp_path, method=method), tmp_path)
     skipped = rows_of(folder, "skipped")
@@ -206,7 +213,9 @@ def test_a_solver_that_fails_skips_the_hyper_step_and_says_so(tmp_path: Path) ->
 def test_a_run_with_nystrom_gauss_newton_and_second_moments(tmp_path: Path) -> None:
     method = {"solver": "nystrom", "rank": 4, "curvature": "gauss_newton", "preconditioner": "second_moments"}
     optimizer = {"name": "AdamW", "options": {"lr": 0.01, "weight_decay": 0.1}}
-    config = configured(SMALL, tmp_path, method=method, optimizer=optimizer, tune={"weight_decay": {"init": 0.1, "log": True}})
+    config = configured(
+        SMALL, tmp_path, method=method, optimizer=optimizer, tune={"weight_decay": {"init": 0.1, "log": True}}
+    )
     folder = run(config, tmp_path)
     steps = rows_of(folder, "hyper")
     assert len(steps) == 3
@@ -225,7 +234,41 @@ def test_training_that_diverges_stops_with_the_reason(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-# ---- commands ---------------------------------------------------------------------------------------------------------
+def test_hypergradients_that_explode_are_warned_of_once_and_counted(tmp_path: Path) -> None:
+    """A decay of 4 at a learning rate of 1 multiplies weights and adjoints by about -3 in each step."""
+    configured(
+        SMALL,
+        tmp_path,
+        optimizer={"options": {"lr": 1.0}},
+        tune={"weight_decay": {"init": 4.0, "log": True}},
+        method={"name": "unrolled", "solver": None, "damping": None},
+        train={"steps": 20, "warmup": 0},
+    )
+    done = run_command("train", "--config", "given.yaml", "--output.folder", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, last = (list(row["warnings"].values()) for row in rows_of(tmp_path / "run", "hyper"))
+    assert len(first) == len(last) == 2
+    assert all("adjoints grew" in warning for warning in first)
+    page = html.unescape((tmp_path / "run" / "report" / "report.html").read_text())
+    assert [line for line in done.stdout.splitlines() if line.startswith("step ")] == [
+        f"step 10: warning. {warning}" for warning in first
+    ]
+    for warning in last:
+        counted = f"2 of 2 hyper steps gave a warning, the last at training step 20: {warning}"
+        assert counted in done.stdout
+        assert counted in page
+
+
+def test_a_healthy_run_warns_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configured(SMALL, tmp_path)
+    folder = tmp_path / "run"
+    assert main(["train", "--config", str(tmp_path / "given.yaml"), "--output.folder", str(folder)]) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert [row["warnings"] for row in rows_of(folder, "hyper")] == [{}, {}, {}]
+    assert "gave a warning" not in (folder / "report" / "report.html").read_text()
+
+
+# ---- commands ----------------------------------------------------------------------------------------------
 
 
 def test_train_ends_with_a_table_and_a_report(tmp_path: Path) -> None:
@@ -234,7 +277,12 @@ def test_train_ends_with_a_table_and_a_report(tmp_path: Path) -> None:
         "    def __init__(self, width: int = 8):\n"
         "        super().__init__(nn.Flatten(), nn.Linear(64, width), nn.Tanh(), nn.Linear(width, 10))\n"
     )
-    configured(SMALL, tmp_path, model={"module": "my_net.MyNet", "options": {"width": 12}}, output={"tensorboard": True})
+    configured(
+        SMALL,
+        tmp_path,
+        model={"module": "my_net.MyNet", "options": {"width": 12}},
+        output={"tensorboard": True},
+    )
     done = run_command("train", "--config", "given.yaml", "--train.seed", 3, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"train loss=\d\.\d+, val loss=\d\.\d+, weight_decay=0\.0\d+", done.stderr), "the bar"
@@ -257,17 +305,28 @@ def test_tensorboard_holds_the_metrics(tmp_path: Path) -> None:
     written = {event.step: event.value for event in events.Scalars("train/loss")}
     assert written == pytest.approx({row["step"]: row["loss"] for row in rows_of(folder, "train")})
     written = {event.step: event.value for event in events.Scalars("hyper/values/weight_decay/group0")}
-    assert written == pytest.approx({row["step"]: row["values"]["weight_decay/group0"] for row in rows_of(folder, "hyper")})
+    assert written == pytest.approx(
+        {row["step"]: row["values"]["weight_decay/group0"] for row in rows_of(folder, "hyper")}
+    )
 
 
 COMPARE = ["--compare.low=1e-4", "--compare.high=1", "--compare.grid_size=3", "--seeds=2"]
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[object], subprocess.CompletedProcess[str]]:
+def compared(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, list[object], subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("compare")
     configured(SMALL, folder, data={"label_noise": 0.3})
-    arguments: list[object] = ["compare", "--config", folder / "given.yaml", "--output.folder", folder / "out", *COMPARE]
+    arguments: list[object] = [
+        "compare",
+        "--config",
+        folder / "given.yaml",
+        "--output.folder",
+        folder / "out",
+        *COMPARE,
+    ]
     return folder / "out", arguments, run_command(*arguments)
 
 
@@ -276,7 +335,9 @@ def test_compare_trains_every_rival_for_every_seed(compared: Any) -> None:
     assert done.returncode == 0, done.stderr
     assert (folder / "report" / "report.html").exists()
     cells = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("| ")
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in done.stdout.splitlines()
+        if line.startswith("| ")
     ]
     names = [row[0] for row in cells[1:]]
     assert names == [
@@ -292,7 +353,10 @@ def test_compare_trains_every_rival_for_every_seed(compared: Any) -> None:
             config = yaml.safe_load((folder / name / f"seed-{seed}" / "config.yaml").read_text())
             assert config["train"]["seed"] == seed
             assert (config["method"]["name"] == "implicit") == (name == "tuned by hypergradients")
-    trained_on = [yaml.safe_load((folder / name / "seed-0/config.yaml").read_text())["data"]["train_on"] for name in names]
+    trained_on = [
+        yaml.safe_load((folder / name / "seed-0/config.yaml").read_text())["data"]["train_on"]
+        for name in names
+    ]
     assert trained_on == ["train"] * 4 + ["val", "train_and_val"]
 
 
@@ -305,7 +369,10 @@ def test_a_search_costs_all_its_trials_and_takes_the_least_validation_loss(compa
         assert chosen["val"]["loss"] == min(trial["val"]["loss"] for trial in trials)
     tuned = summary_of(folder / "tuned by hypergradients" / "seed-1")
     assert len(trials) == round(tuned["cost"] / 40), "a random search of equal cost"
-    values = [float(trial.name.split("=")[1]) for trial in (folder / "trials" / "best of a grid" / "seed-1").iterdir()]
+    values = [
+        float(trial.name.split("=")[1])
+        for trial in (folder / "trials" / "best of a grid" / "seed-1").iterdir()
+    ]
     assert sorted(values) == pytest.approx([1e-4, 1e-2, 1])
 
 
@@ -327,8 +394,17 @@ def test_compare_does_not_take_the_runs_of_another_configuration_for_its_own(
 
 def test_a_stopped_comparison_says_how_to_go_on(tmp_path: Path) -> None:
     configured(SMALL, tmp_path, train={"steps": 100_000})
-    arguments = ["compare", "--config", tmp_path / "given.yaml", "--output.folder", tmp_path / "out", *COMPARE]
-    process = subprocess.Popen(command(*arguments), env=SURROUNDINGS, stderr=subprocess.PIPE, encoding="utf-8")
+    arguments = [
+        "compare",
+        "--config",
+        tmp_path / "given.yaml",
+        "--output.folder",
+        tmp_path / "out",
+        *COMPARE,
+    ]
+    process = subprocess.Popen(
+        command(*arguments), env=SURROUNDINGS, stderr=subprocess.PIPE, encoding="utf-8"
+    )
     for _ in range(600):
         if list(tmp_path.glob("out/*/seed-*/metrics.jsonl")):
             break

@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit code: 0; 1 if training failed; 2 for a configuration or folder that is refused; 128 and the signal's
-        number if a signal stopped the run.
+        The exit code: 0; 1 if training failed; 2 for a configuration or folder that is refused; 128 and the
+        signal's number if a signal stopped the run.
     """
     from .experiment.loop import TrainingError
 
@@ -51,13 +51,21 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         for name, text in DESCRIPTIONS.items()
     }
     add_config(commands["train"])
-    commands["train"].add_argument("--dry_run", type=bool, default=False, help="check and build everything, train nothing")
+    commands["train"].add_argument(
+        "--dry_run", type=bool, default=False, help="check and build everything, train nothing"
+    )
     commands["resume"].add_argument("run_dir", type=Path, help="the folder of the run")
-    commands["report"].add_argument("run_dirs", type=Path, nargs="+", help="folders of runs; several are compared")
+    commands["report"].add_argument(
+        "run_dirs", type=Path, nargs="+", help="folders of runs; several are compared"
+    )
     commands["report"].add_argument("--out", type=Path | None, default=None, help="folder of the report")
     add_config(commands["compare"])
-    commands["compare"].add_argument("--seeds", type=int, default=3, help="how many seeds, from train.seed on")
-    commands["compare"].add_argument("--jobs", type=int, default=1, help="how many runs at a time, each a process")
+    commands["compare"].add_argument(
+        "--seeds", type=int, default=3, help="how many seeds, from train.seed on"
+    )
+    commands["compare"].add_argument(
+        "--jobs", type=int, default=1, help="how many runs at a time, each a process"
+    )
     subcommands = parser.add_subcommands(dest="command", required=True)
     for name, command in commands.items():
         subcommands.add_subcommand(name, command, help=DESCRIPTIONS[name])
@@ -68,7 +76,8 @@ DESCRIPTIONS = {
     "train": "Trains by a configuration, tunes while training, and writes a report.",
     "resume": "Goes on with a run that was stopped, killed or lost; the result is bitwise the same on a CPU.",
     "report": "Writes the report of a run, or compares several.",
-    "compare": "Trains the same model with fixed, searched and tuned hyperparameters, and compares them on the test set.",
+    "compare": "Trains the same model with fixed, searched and tuned hyperparameters, "
+    "and compares them on the test set.",
 }
 USAGE = {
     "train": "train [--config FILE] [--KEY VALUE ...]",
@@ -97,35 +106,38 @@ def _resume(parser: ArgumentParser, arguments: Namespace) -> int:
 
 
 def _report(parser: ArgumentParser, arguments: Namespace) -> int:
-    from .experiment.report import table_of, write_report
+    from .experiment.report import write_report
 
-    page = write_report(arguments.run_dirs, arguments.out)
-    print(table_of(arguments.run_dirs))
-    print(f"\nReport: {page}")
-    return OK
+    return _show(arguments.run_dirs, write_report(arguments.run_dirs, arguments.out))
 
 
 def _compare(parser: ArgumentParser, arguments: Namespace) -> int:
     from .experiment.compare import compare
-    from .experiment.report import table_of, write_report
+    from .experiment.report import write_report
 
     config: Config = config_of(parser, arguments)
     folder, runs, signal = compare(config, _name(arguments), arguments.seeds, arguments.jobs)
     if signal is not None:
         return _say(f"Stopped. Go on with the same command and --output.folder {folder}", STOPPED + signal)
-    page = write_report(runs, folder / "report")
-    print(f"\n{table_of(runs)}\n\nReport: {page}")
-    return OK
+    print()
+    return _show(runs, write_report(runs, folder / "report"))
 
 
 def _end(folder: Path, signal: int | None) -> int:
     """What a user sees at the end of training."""
-    from .experiment.report import table_of, write_report
+    from .experiment.report import write_report
 
     if signal is not None:
         return _say(f"Stopped. Go on with: torch-hypergrad resume {folder}", STOPPED + signal)
-    page = write_report([folder])
-    print(f"\n{table_of([folder])}\n\nReport: {page}")
+    print()
+    return _show([folder], write_report([folder]))
+
+
+def _show(folders: Sequence[Path], page: Path) -> int:
+    """The table of runs, what their hyper steps warned of, and where the report is."""
+    from .experiment.report import table_of, warnings_of
+
+    print("\n\n".join([table_of(folders), *warnings_of(folders), f"Report: {page}"]))
     return OK
 
 

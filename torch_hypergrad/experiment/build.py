@@ -15,8 +15,8 @@ from torch.optim import Optimizer, lr_scheduler
 
 from ..errors import HypergradientError
 from ..hyper_optimizer import HyperOptimizer
-from ..hyperparameters import Hyperparameter
 from ..methods import Method
+from ..tune.hyperparameter import Hyperparameter
 from .checks import LOSS_TENSORS, METHODS, SOLVERS, method_keys
 from .config import Config, ConfigError, DataConfig
 from .data import Data, load_data
@@ -64,8 +64,12 @@ def build(config: Config) -> Parts:
     torch.manual_seed(train.seed)
     model = make_model(config.model, tuple(data.train.images.shape[1:]), len(data.classes)).to(device)  # type: ignore[arg-type]
     augmenter = Augmenter(data.train.images.shape[1]).to(device) if "augmentation" in config.tune else None
-    objective = Objective(data, config.data.augment, train.precision == "bf16", _example_logits(config, data), augmenter)
-    optimizer = make_optimizer(config.optimizer.name, config.optimizer.options, "optimizer", list(model.parameters()))
+    objective = Objective(
+        data, config.data.augment, train.precision == "bf16", _example_logits(config, data), augmenter
+    )
+    optimizer = make_optimizer(
+        config.optimizer.name, config.optimizer.options, "optimizer", list(model.parameters())
+    )
     training = _training(config, model, optimizer, objective, steps)
     return Parts(
         device,
@@ -93,7 +97,9 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"train.device={name} cannot be used: {reason} Choose auto, cpu or another device.") from error
+        raise ConfigError(
+            f"train.device={name} cannot be used: {reason} Choose auto, cpu or another device."
+        ) from error
     if device.type == "meta":
         raise ConfigError("train.device=meta holds no numbers to train with. Choose auto, cpu or cuda.")
     return device
@@ -104,8 +110,9 @@ def _check_length(config: Config, steps: int) -> None:
     first = train.warmup + (train.hyper_every or 0)
     if config.method.name != "none" and first > steps:
         raise ConfigError(
-            f"The first hyper step would be at train.warmup + train.hyper_every = {first}, and train.epochs={train.epochs} "
-            f"makes {steps} training steps: nothing would be tuned. Train longer, or lower one of them."
+            "The first hyper step would be at train.warmup + train.hyper_every "
+            f"= {first}, and train.epochs={train.epochs} makes {steps} training "
+            "steps: nothing would be tuned. Train longer, or lower one of them."
         )
 
 
@@ -132,7 +139,9 @@ def _scheduler(config: Config, optimizer: Optimizer) -> lr_scheduler.LRScheduler
     if scheduler.name is None:
         return None
     if scheduler.name == "ReduceLROnPlateau":
-        raise ConfigError("scheduler.name=ReduceLROnPlateau needs a metric at each step, which the loop does not give it.")
+        raise ConfigError(
+            "scheduler.name=ReduceLROnPlateau needs a metric at each step, which the loop does not give it."
+        )
     kind = _class_in(lr_scheduler, scheduler.name, lr_scheduler.LRScheduler, "scheduler.name")
     return call_with_options(kind, scheduler.options, "scheduler.options", optimizer, skip={"optimizer"})
 
@@ -172,7 +181,9 @@ def _training(
 
 def _tune(config: Config, objective: Objective, steps: int) -> list[Any]:
     settings: list[Any] = [
-        Hyperparameter(name, tune.per, tune.init, tune.low, tune.high, tune.log, steps if tune.per == "step" else None)
+        Hyperparameter(
+            name, tune.per, tune.init, tune.low, tune.high, tune.log, steps if tune.per == "step" else None
+        )
         for name, tune in config.tune.items()
         if name not in LOSS_TENSORS
     ]

@@ -10,7 +10,13 @@ from ..methods import ForwardMode, Implicit, Unrolled
 from ..solvers import CG, Cholesky, Identity, Neumann, Nystrom
 from .config import Config, ConfigError, MethodConfig, Tune
 
-SOLVERS: dict[str, type] = {"neumann": Neumann, "cg": CG, "nystrom": Nystrom, "cholesky": Cholesky, "identity": Identity}
+SOLVERS: dict[str, type] = {
+    "neumann": Neumann,
+    "cg": CG,
+    "nystrom": Nystrom,
+    "cholesky": Cholesky,
+    "identity": Identity,
+}
 METHODS: dict[str, type] = {"implicit": Implicit, "unrolled": Unrolled, "forward": ForwardMode}
 MOST_THREADS = 1024
 LOSS_TENSORS = ("example_weights", "augmentation")
@@ -89,20 +95,30 @@ def _small_numbers(config: Config) -> Iterator[str]:
 def _length(config: Config) -> Iterator[str]:
     train = config.train
     if (train.steps is None) == (train.epochs is None):
-        yield f"Give either train.steps or train.epochs: got train.steps={train.steps} and train.epochs={train.epochs}."
+        yield (
+            "Give either train.steps or train.epochs: got "
+            f"train.steps={train.steps} and train.epochs={train.epochs}."
+        )
     if train.episodes > 1 and config.scheduler.name is not None:
         yield (
-            f"scheduler.name={config.scheduler.name} with train.episodes={train.episodes}: a scheduler goes on where an "
-            "episode begins anew. Tune a schedule (tune.lr.per=step), or set train.episodes to 1."
+            f"scheduler.name={config.scheduler.name} with "
+            f"train.episodes={train.episodes}: a scheduler goes on where an episode "
+            "begins anew. Tune a schedule (tune.lr.per=step), or set train.episodes to 1."
         )
 
 
 def _method(config: Config) -> Iterator[str]:
     method = config.method
     if method.name == "none" and config.tune:
-        yield f"method.name=none trains without tuning, and tune has {', '.join(config.tune)}. Choose a method, or empty tune."
+        yield (
+            "method.name=none trains without tuning, and tune has "
+            f"{', '.join(config.tune)}. Choose a method, or empty tune."
+        )
     if method.name != "none" and not config.tune:
-        yield f"tune is empty, and method.name={method.name} needs something to tune. Name it there, or set method.name=none."
+        yield (
+            f"tune is empty, and method.name={method.name} needs "
+            "something to tune. Name it there, or set method.name=none."
+        )
     taken = method_keys(method)
     for key, value in asdict(method).items():
         if key == "name" or value is None or key in taken["method"] | taken["solver"]:
@@ -116,8 +132,9 @@ def _method(config: Config) -> Iterator[str]:
         other = "offload" if method.offload is not None else "second_order"
         if method.offload is not None or method.second_order not in (None, "reverse"):
             yield (
-                f"method.max_graphs={method.max_graphs} does not go with method.{other}={getattr(method, other)}: it keeps "
-                "graphs of double backward in the device's memory. Set one of them to null."
+                f"method.max_graphs={method.max_graphs} does not go with "
+                f"method.{other}={getattr(method, other)}: it keeps graphs of double backward in the "
+                "device's memory. Set one of them to null."
             )
 
 
@@ -127,11 +144,14 @@ def _tune(config: Config) -> Iterator[str]:
             allowed = Tune(init=tune.init) if name == "example_weights" else Tune()
             for key, value in asdict(tune).items():
                 if value != getattr(allowed, key):
-                    yield f"tune.{name}.{key}={value}: {name} takes {'no key but init' if tune.init else 'no keys'}."
+                    yield (
+                        f"tune.{name}.{key}={value}: {name} takes "
+                        f"{'no key but init' if tune.init else 'no keys'}."
+                    )
         elif tune.per == "step" and config.train.episodes == 1:
             yield (
-                f"tune.{name}.per=step tunes a schedule over an episode, which must be trained several times: set "
-                "train.episodes to 20 or more, got 1."
+                f"tune.{name}.per=step tunes a schedule over an episode, which must be trained several "
+                "times: set train.episodes to 20 or more, got 1."
             )
     weights = config.tune.get("example_weights")
     if weights and weights.init is not None and not 0 < weights.init < 1:
@@ -142,29 +162,44 @@ def _hyper_steps(config: Config) -> Iterator[str]:
     train = config.train
     if config.method.name == "none":
         if train.episodes > 1:
-            yield f"train.episodes={train.episodes} with method.name=none: nothing changes between episodes. Set it to 1."
+            yield (
+                f"train.episodes={train.episodes} with method.name=none: "
+                "nothing changes between episodes. Set it to 1."
+            )
         return
     if train.episodes == 1 and train.hyper_every is None:
-        yield "train.hyper_every is null and train.episodes is 1, so there would be no hyper step. Set train.hyper_every."
+        yield (
+            "train.hyper_every is null and train.episodes is 1, so "
+            "there would be no hyper step. Set train.hyper_every."
+        )
     if train.episodes > 1 and (train.hyper_every is not None or train.warmup):
         yield (
-            f"train.hyper_every={train.hyper_every} and train.warmup={train.warmup} with train.episodes={train.episodes}: "
-            "with several episodes there is one hyper step after each. Set them to null and 0."
+            f"train.hyper_every={train.hyper_every} and train.warmup={train.warmup} "
+            f"with train.episodes={train.episodes}: with several episodes there is "
+            "one hyper step after each. Set them to null and 0."
         )
-    if train.steps is not None and train.hyper_every is not None and train.warmup + train.hyper_every > train.steps:
+    if (
+        train.steps is not None
+        and train.hyper_every is not None
+        and train.warmup + train.hyper_every > train.steps
+    ):
         yield (
-            f"The first hyper step would be at train.warmup + train.hyper_every = {train.warmup + train.hyper_every}, and "
-            f"train.steps is {train.steps}: nothing would be tuned. Train longer, or lower one of them."
+            "The first hyper step would be at train.warmup + train.hyper_every = "
+            f"{train.warmup + train.hyper_every}, and train.steps is {train.steps}: nothing would be tuned. "
+            "Train longer, or lower one of them."
         )
 
 
 def _rivals(config: Config) -> Iterator[str]:
     if config.data.train_on != "train" and config.method.name != "none":
         yield (
-            f"data.train_on={config.data.train_on} with method.name={config.method.name}: tuning on images that are trained "
-            "on overfits them. Set data.train_on=train, or method.name=none and an empty tune."
+            f"data.train_on={config.data.train_on} with method.name={config.method.name}: "
+            "tuning on images that are trained on overfits them. Set "
+            "data.train_on=train, or method.name=none and an empty tune."
         )
     compare = config.compare
     if not compare.low < compare.high or (compare.log and compare.low <= 0):
-        least = "0 < compare.low < compare.high on a log scale" if compare.log else "compare.low < compare.high"
+        least = (
+            "0 < compare.low < compare.high on a log scale" if compare.log else "compare.low < compare.high"
+        )
         yield f"The grid needs {least}, got compare.low={compare.low} and compare.high={compare.high}."

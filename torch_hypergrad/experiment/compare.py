@@ -1,4 +1,4 @@
-"""Honest rivals: the same model with fixed, searched and tuned hyperparameters, and trained on more images."""
+"""Honest rivals: the same model with hyperparameters fixed, searched and tuned, or trained on more images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ from .start import folder_of, run_in
 from .stopping import StopRequest, stop_on_signals
 
 DEFAULT, GRID, RANDOM = "fixed default", "best of a grid", "best of a random search"
-TUNED, BOTH, VAL_ALONE = "tuned by hypergradients", "best of the grid, on both sets", "best of the grid, on validation set"
+TUNED, BOTH, VAL_ALONE = (
+    "tuned by hypergradients",
+    "best of the grid, on both sets",
+    "best of the grid, on validation set",
+)
 ROWS = (DEFAULT, GRID, RANDOM, TUNED, VAL_ALONE, BOTH)
 
 
@@ -53,7 +57,8 @@ def compare(config: Config, name: str, num_seeds: int, num_jobs: int) -> tuple[P
     """Trains every rival for every seed; what is there already is not trained again.
 
     Returns:
-        The folder, the folders of the runs to compare as ``ROW/seed-N``, and the signal that stopped it or None.
+        The folder, the folders of the runs to compare as ``ROW/seed-N``, and the signal that stopped it or
+        None.
 
     Raises:
         ConfigError: before anything is trained, or if the folder holds runs of another configuration.
@@ -61,7 +66,9 @@ def compare(config: Config, name: str, num_seeds: int, num_jobs: int) -> tuple[P
     """
     _check(config, num_seeds, num_jobs)
     folder = folder_of(config, f"compare-{name}")
-    seeds = [replace(config, train=replace(config.train, seed=config.train.seed + i)) for i in range(num_seeds)]
+    seeds = [
+        replace(config, train=replace(config.train, seed=config.train.seed + i)) for i in range(num_seeds)
+    ]
     rivals = [Rivals(seed, folder) for seed in seeds]
     with stop_on_signals() as stop, Workers(num_jobs, stop) as workers:
         for of_seed in (Rivals.first_round, Rivals.second_round):
@@ -102,25 +109,36 @@ class Rivals:
     def second_round(self) -> list[Trial]:
         """A random search that costs what the tuned run cost, and the grid's best value on other images."""
         if not self._tuned.finished:
-            raise TrainingError(f"The tuned run in {self._tuned.path} failed, so there is nothing to compare.")
+            raise TrainingError(
+                f"The tuned run in {self._tuned.path} failed, so there is nothing to compare."
+            )
         steps_of_trial = self._tuned.summary["steps"] / self._config.train.episodes
         num_trials = max(1, round(self._tuned.summary["cost"] / steps_of_trial))
         self._random = self._search(RANDOM, _random(self._config, num_trials))
         return [*self._random, *self._on_other_images()]
 
     def rows(self) -> list[Path]:
-        """The folders of the runs to compare; of a search a copy of the best, with the cost of all its trials."""
-        single = [trial.path for trial in (self._default, self._tuned, *self._on_other_images()) if trial.finished]
-        searched = [_copy(trials, self._place(row)) for row, trials in ((GRID, self._grid), (RANDOM, self._random))]
+        """The folders of the runs to compare; of a search a copy of its best, with the cost of all."""
+        single = [
+            trial.path for trial in (self._default, self._tuned, *self._on_other_images()) if trial.finished
+        ]
+        searched = [
+            _copy(trials, self._place(row)) for row, trials in ((GRID, self._grid), (RANDOM, self._random))
+        ]
         return single + [row for row in searched if row is not None]
 
     def _place(self, row: str) -> Path:
         return self._folder / row / f"seed-{self._config.train.seed}"
 
     def _search(self, row: str, values: Iterable[float]) -> list[Trial]:
-        setting, place = self._config.compare.setting, self._folder / "trials" / row / f"seed-{self._config.train.seed}"
+        setting, place = (
+            self._config.compare.setting,
+            self._folder / "trials" / row / f"seed-{self._config.train.seed}",
+        )
         quiet = replace(self._config, output=replace(self._config.output, tensorboard=False))
-        return [Trial(_fixed(quiet, **{setting: value}), place / f"{setting}={value:.4g}") for value in values]
+        return [
+            Trial(_fixed(quiet, **{setting: value}), place / f"{setting}={value:.4g}") for value in values
+        ]
 
     def _on_other_images(self) -> list[Trial]:
         """As many training steps as the others take, which a scheduler is made for."""
@@ -130,7 +148,10 @@ class Rivals:
         same_length = replace(best.config.train, steps=best.summary["steps"], epochs=None)
         sets = {BOTH: "train_and_val"} | ({VAL_ALONE: "val"} if self._config.data.label_noise else {})
         data = {row: replace(best.config.data, train_on=images) for row, images in sets.items()}  # type: ignore[arg-type]
-        return [Trial(replace(best.config, data=d, train=same_length), self._place(row)) for row, d in data.items()]
+        return [
+            Trial(replace(best.config, data=d, train=same_length), self._place(row))
+            for row, d in data.items()
+        ]
 
 
 def _fixed(config: Config, **options: float) -> Config:
@@ -151,14 +172,18 @@ def _grid(search: CompareConfig) -> list[float]:
 
 def _random(config: Config, num_trials: int) -> list[float]:
     search = config.compare
-    spread = loguniform(search.low, search.high) if search.log else uniform(search.low, search.high - search.low)
+    spread = (
+        loguniform(search.low, search.high) if search.log else uniform(search.low, search.high - search.low)
+    )
     drawn = ParameterSampler({search.setting: spread}, num_trials, random_state=config.train.seed)
     return [float(draw[search.setting]) for draw in drawn]
 
 
 def _best(trials: Sequence[Trial]) -> Trial | None:
     """The trial with the least validation loss."""
-    return min((t for t in trials if t.finished), key=lambda trial: trial.summary["val"]["loss"], default=None)
+    return min(
+        (t for t in trials if t.finished), key=lambda trial: trial.summary["val"]["loss"], default=None
+    )
 
 
 def _copy(trials: Sequence[Trial], place: Path) -> Path | None:
@@ -168,12 +193,14 @@ def _copy(trials: Sequence[Trial], place: Path) -> Path | None:
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(best.path, place, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", ".lock"))
     summaries = [trial.summary for trial in trials if trial.finished]
-    totals = {key: sum(summary[key] for summary in summaries) for key in ("cost", "seconds")} | {"num_trials": len(trials)}
+    totals = {key: sum(summary[key] for summary in summaries) for key in ("cost", "seconds")} | {
+        "num_trials": len(trials)
+    }
     write_atomically(place / "summary.json", json.dumps(best.summary | totals, indent=2).encode())
     return place
 
 
-# ---- processes --------------------------------------------------------------------------------------------------------
+# ---- processes ---------------------------------------------------------------------------------------------
 
 _stop_workers: Event
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run. The message is one line: the key, what came, what was expected, the remedy."""
+    """A configuration that cannot be run. One line: the key, what came, what was expected, the remedy."""
 
 
 @dataclass(frozen=True)
@@ -13,16 +13,17 @@ class DataConfig:
     """Images, and how they are split into training, validation and test sets that never overlap.
 
     Args:
-        name: the dataset. digits come with scikit-learn and need no file; image_folder are pictures of one's own in one
-            folder for each class: ROOT/train/CLASS/* and ROOT/test/CLASS/*, or ROOT/CLASS/*, of which a test set is split
-            off.
+        name: the dataset. digits come with scikit-learn and need no file; image_folder are pictures of one's
+            own in one folder for each class: ROOT/train/CLASS/* and ROOT/test/CLASS/*, or ROOT/CLASS/*, of
+            which a test set is split off.
         root: folder of the data; also where download puts it
         download: fetch a missing dataset of torchvision into root
-        image_size: image_folder alone: pictures are resized to so many pixels a side. null takes the size of the first
-            picture, which all must have
+        image_size: image_folder alone: pictures are resized to so many pixels a side. null takes the size of
+            the first picture, which all must have
         train_size: number of training images. null takes what is left
         val_size: number of validation images, split off the training images
-        test_size: number of test images. null takes the whole test set, or where the data has none of its own, what is left
+        test_size: number of test images. null takes the whole test set, or where the data has none of its
+            own, what is left
         train_on: which images to train on. Others than train are for rivals of a tuned model
         label_noise: this fraction of the training labels is replaced by wrong ones
         augment: random changes to training images: horizontal flips, or shifts by up to 4 pixels and flips
@@ -45,9 +46,10 @@ class ModelConfig:
     """The network, which maps images to one logit for each class.
 
     Args:
-        name: one of the networks that come with the package: linear; mlp (options hidden, dropout); cnn (options width,
-            dropout); resnet18, with a stem for small pictures (option norm)
-        module: instead of name, the import path of an nn.Module, such as my_package.MyNet; called with options alone
+        name: one of the networks that come with the package: linear; mlp (options hidden, dropout); cnn
+            (options width, dropout); resnet18, with a stem for small pictures (option norm)
+        module: instead of name, the import path of an nn.Module, such as my_package.MyNet; called with
+            options alone
         options: keyword arguments of the network
     """
 
@@ -89,9 +91,10 @@ class Tune:
     """What is tuned under one name of the section tune, and how.
 
     Args:
-        per: one value for each group of parameters, each tensor, each element (every single weight), or each training
-            step (a schedule); of example_weights there is always one for each training image
-        init: the start. null takes the optimizer's value; for example_weights a weight between 0 and 1, null takes 0.5
+        per: one value for each group of parameters, each tensor, each element (every single weight), or each
+            training step (a schedule); of example_weights there is always one for each training image
+        init: the start. null takes the optimizer's value; for example_weights a weight between 0 and 1, null
+            takes 0.5
         low: lower bound. null takes the setting's legal range
         high: upper bound, likewise
         log: optimize the logarithm, which needs a positive start
@@ -109,8 +112,9 @@ class MethodConfig:
     """How the hypergradient is computed.
 
     Args:
-        name: implicit for what moves the training optimum (weight decay, example weights, augmentation); unrolled or
-            forward for what shapes the way (lr, momentum, betas, schedules); none trains without tuning
+        name: implicit for what moves the training optimum (weight decay, example weights, augmentation);
+            unrolled or forward for what shapes the way (lr, momentum, betas, schedules); none trains without
+            tuning
         solver: of implicit: how its linear system is solved. null takes neumann
         num_terms: of neumann: terms of the series (null: 20)
         scale: of neumann: its step, null estimates it; of identity: its factor (null: 1)
@@ -118,17 +122,20 @@ class MethodConfig:
         max_steps: of cg and nystrom (null: 50)
         rtol: of cg and nystrom: the relative residual at which they stop (null: 1e-6)
         rank: of nystrom: random directions (null: 20)
-        curvature: of implicit: hessian is exact; gauss_newton leaves out what can make it negative (null: hessian)
-        preconditioner: of implicit: second_moments solves in the units of Adam and its family. Take it with AdamW (null:
-            none)
+        curvature: of implicit: hessian is exact; gauss_newton leaves out what can make it negative (null:
+            hessian)
+        preconditioner: of implicit: second_moments solves in the units of Adam and its family. Take it with
+            AdamW (null: none)
         num_batches: of implicit: the training loss is the mean over so many of the last batches (null: 1)
-        truncation: of unrolled: only the last so many steps count. null takes train.hyper_every, or the whole episode
+        truncation: of unrolled: only the last so many steps count. null takes train.hyper_every, or the whole
+            episode
         max_snapshots: of unrolled: keep at most so many states and recompute the others. null keeps all
         offload: of unrolled: keep states in the memory of the CPU
-        max_graphs: of unrolled: keep the graphs of the last so many steps, which saves the time of replaying them and takes
-            their memory; not with offload. null replays all
-        second_order: of unrolled and implicit: how products with second derivatives are computed: reverse (double
-            backward) or forward (dual numbers), both exact, or finite_difference (two gradients). null takes reverse
+        max_graphs: of unrolled: keep the graphs of the last so many steps, which saves the time of replaying
+            them and takes their memory; not with offload. null replays all
+        second_order: of unrolled and implicit: how products with second derivatives are computed: reverse
+            (double backward) or forward (dual numbers), both exact, or finite_difference (two gradients).
+            null takes reverse
     """
 
     name: Literal["implicit", "unrolled", "forward", "none"] = "implicit"
@@ -202,9 +209,10 @@ class OutputConfig:
     Args:
         folder: the folder of the run. null takes runs/ with the configuration's name, date and time
         log_every: training steps between two lines of the training loss
-        eval_every: training steps between two evaluations on the training and validation images. null takes a fiftieth of
-            the run
-        eval_size: images of each set in such an evaluation, always the same; the end of the run takes all. null takes all
+        eval_every: training steps between two evaluations on the training and validation images. null takes a
+            fiftieth of the run
+        eval_size: images of each set in such an evaluation, always the same; the end of the run takes all.
+            null takes all
         checkpoint_every: training steps between two checkpoints. null takes a tenth of the run
         keep_checkpoints: how many of the last checkpoints stay
         tensorboard: write event files for TensorBoard
@@ -244,9 +252,10 @@ class Config:
 
     Args:
         tune: what is tuned, by name: a setting of the optimizer (weight_decay, lr, momentum, betas.0, ...),
-            example_weights or augmentation. Under each name, with their defaults: per (group, tensor, element or step; group),
-            init (a number; null: the optimizer's value), low and high (bounds; null: the legal range), log (tune the
-            logarithm; false), as in --tune.weight_decay.per element. More with --tune.help
+            example_weights or augmentation. Under each name, with their defaults: per (group, tensor, element
+            or step; group), init (a number; null: the optimizer's value), low and high (bounds; null: the
+            legal range), log (tune the logarithm; false), as in --tune.weight_decay.per element. More with
+            --tune.help
     """
 
     data: DataConfig = field(default_factory=DataConfig)

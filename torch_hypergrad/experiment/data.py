@@ -1,4 +1,4 @@
-"""Images from scikit-learn, torchvision or a folder, split into training, validation and test sets that never overlap."""
+"""Images from scikit-learn, torchvision or a folder, split into three sets that never overlap."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ class Data:
 
     def to(self, device: torch.device | str) -> Data:
         train, val, test = (part.to(device) for part in (self.train, self.val, self.test))
-        return Data(train, val, test, self.wrong.to(device), self.classes, self.mean.to(device), self.std.to(device))
+        return Data(
+            train, val, test, self.wrong.to(device), self.classes, self.mean.to(device), self.std.to(device)
+        )
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def load_data(config: DataConfig, seed: int) -> Data:
-    """Reads, splits and relabels. The same seed gives the same data; the split does not depend on the label noise.
+    """Reads, splits and relabels. A seed always gives the same data; the split is the same with label noise.
 
     >>> data = load_data(DataConfig(name="digits", train_size=200, val_size=500, label_noise=0.1), seed=0)
     >>> len(data.train), len(data.val), len(data.test), int(data.wrong.sum())
@@ -103,13 +105,17 @@ def load_data(config: DataConfig, seed: int) -> Data:
 
 def _check(config: DataConfig) -> None:
     if not 0 <= config.label_noise < 1:
-        raise ConfigError(f"data.label_noise: got {config.label_noise}, expected a fraction of at least 0 and below 1.")
+        raise ConfigError(
+            f"data.label_noise: got {config.label_noise}, expected a fraction of at least 0 and below 1."
+        )
     for key in ("train_size", "val_size", "test_size", "image_size"):
         size = getattr(config, key)
         if size is not None and size < 1:
             raise ConfigError(f"data.{key}: got {size}, expected at least 1.")
     if config.image_size is not None and config.name != "image_folder":
-        raise ConfigError(f"data.image_size: {config.name} has a size of its own. Remove image_size, or take image_folder.")
+        raise ConfigError(
+            f"data.image_size: {config.name} has a size of its own. Remove image_size, or take image_folder."
+        )
 
 
 def _take(pool: Pool, rows: Tensor) -> Images:
@@ -120,13 +126,14 @@ def _join(first: Images, second: Images) -> Images:
     return Images(torch.cat([first.images, second.images]), torch.cat([first.labels, second.labels]))
 
 
-# ---- splitting --------------------------------------------------------------------------------------------------------
+# ---- splitting ---------------------------------------------------------------------------------------------
 
 
 def _split(config: DataConfig, source: Source, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of the pool for training and validation; rows for testing, of the dataset's own test set if it has one.
+    """Rows of the pool for training and validation; rows for testing, of the dataset's own test set if any.
 
-    Validation rows come from one end of a random order and test rows from the other: neither depends on train_size.
+    Validation rows come from one end of a random order and test rows from the other: neither depends on
+    train_size.
     """
     num, num_own = len(source.pool.labels), len(source.test.labels) if source.test else 0
     order, own_order = torch.randperm(num, generator=generator), torch.randperm(num_own, generator=generator)
@@ -138,7 +145,7 @@ def _split(config: DataConfig, source: Source, generator: torch.Generator) -> tu
 
 
 def _sizes(config: DataConfig, num: int, num_own: int) -> tuple[int, int]:
-    """The numbers of training and test images, where ``num`` are there, and ``num_own`` in a test set of its own."""
+    """The numbers of training and test images, of ``num`` and of ``num_own`` in a test set of its own."""
     left, train_size, test_size = num - config.val_size, config.train_size, config.test_size
     if num_own:
         train_size, test_size = left if train_size is None else train_size, test_size or num_own
@@ -161,11 +168,16 @@ def _does_not_fit(config: DataConfig, num: int, has_test: bool) -> str:
     sizes = {name: getattr(config, name) for name in names}
     asked = ", ".join(f"{name} {'null' if size is None else size}" for name, size in sizes.items())
     sets = "training and validation" if has_test else "training, validation and test"
-    return f"data: {asked} do not fit: {config.name} has {num} images for {sets}, at least one each. Lower a size."
+    return (
+        f"data: {asked} do not fit: {config.name} has {num} "
+        f"images for {sets}, at least one each. Lower a size."
+    )
 
 
-def _add_label_noise(images: Images, fraction: float, num_classes: int, generator: torch.Generator) -> tuple[Images, Tensor]:
-    """Gives ``round(fraction * n)`` images another class, each other class being as likely. Returns which, too."""
+def _add_label_noise(
+    images: Images, fraction: float, num_classes: int, generator: torch.Generator
+) -> tuple[Images, Tensor]:
+    """Gives ``round(fraction * n)`` images another class, each as likely. Returns which, too."""
     rows = torch.randperm(len(images), generator=generator)[: round(fraction * len(images))]
     labels, wrong = images.labels.clone(), torch.zeros(len(images), dtype=torch.bool)
     shift = torch.randint(1, num_classes, rows.shape, generator=generator)
@@ -179,9 +191,13 @@ def _count(pixels: Tensor) -> Tensor:
 
 
 def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
-    """By counting the 256 values of a pixel, some images at a time: exact, and without a copy of all images in float."""
+    """By counting the 256 values of a pixel, some images at a time: exact, with few of them in float."""
     parts = images.split(1024)
-    counts = torch.stack([torch.stack([_count(channel) for channel in part.unbind(1)]) for part in parts]).sum(0).double()
+    counts = (
+        torch.stack([torch.stack([_count(channel) for channel in part.unbind(1)]) for part in parts])
+        .sum(0)
+        .double()
+    )
     shares, values = counts / counts.sum(1, keepdim=True), torch.arange(256).double() / 255
     mean = shares @ values
     std = (shares * (values - mean[:, None]).square()).sum(1).sqrt()

@@ -59,7 +59,7 @@ def _digits(config: DataConfig) -> Source:
     return Source(_in_memory(images, digits.target), None, tuple(str(name) for name in digits.target_names))
 
 
-# ---- torchvision ------------------------------------------------------------------------------------------------------
+# ---- torchvision -------------------------------------------------------------------------------------------
 
 
 def _torchvision(config: DataConfig) -> Source:
@@ -67,8 +67,8 @@ def _torchvision(config: DataConfig) -> Source:
     missing = [file for file in _files_of(dataset) if not (root / file).is_file()]
     if missing and not config.download:
         raise ConfigError(
-            f"data.root: {config.name} is not in {root}, where {', '.join(missing)} should be. Put the files there, or set "
-            "data.download: true."
+            f"data.root: {config.name} is not in {root}, where {', '.join(missing)} should be. Put the files "
+            "there, or set data.download: true."
         )
     try:
         with warnings.catch_warnings():  # NumPy's, on how old the format of CIFAR's pickles is
@@ -85,8 +85,8 @@ def _what_failed(config: DataConfig, root: Path, files: Sequence[str], error: Ex
     missing = [file for file in files if not (root / file).is_file()]
     if config.download and (missing or isinstance(error, OSError)):
         return (
-            f"data.download: {config.name} could not be fetched into {root} ({reason}). Is there a network? Without one, "
-            f"put there {', '.join(missing or files)}."
+            f"data.download: {config.name} could not be fetched into {root} ({reason}). Is there a network? "
+            f"Without one, put there {', '.join(missing or files)}."
         )
     remedy = f"Delete {', '.join(files)} there and set data.download: true."
     return f"data.root: {config.name} in {root} is damaged ({reason}). {remedy}"
@@ -103,24 +103,33 @@ def _files_of(dataset: type[MNIST | CIFAR10]) -> list[str]:
 def _pool_of(dataset: MNIST | CIFAR10, classes: Sequence[str]) -> Pool:
     images = torch.as_tensor(dataset.data)
     pool = _in_memory(images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2), dataset.targets)
-    if len(images) != len(pool.labels) or not len(images) or not 0 <= pool.labels.min() <= pool.labels.max() < len(classes):
-        raise ValueError(f"{len(images)} images and {len(pool.labels)} labels of {len(classes)} classes do not fit")
+    if (
+        len(images) != len(pool.labels)
+        or not len(images)
+        or not 0 <= pool.labels.min() <= pool.labels.max() < len(classes)
+    ):
+        raise ValueError(
+            f"{len(images)} images and {len(pool.labels)} labels of {len(classes)} classes do not fit"
+        )
     return pool
 
 
-# ---- folders of pictures ----------------------------------------------------------------------------------------------
+# ---- folders of pictures -----------------------------------------------------------------------------------
 
 
 def _image_folder(config: DataConfig) -> Source:
     root = Path(config.root).expanduser()
     if not root.is_dir():
-        raise ConfigError(f"data.root: {root} is no folder. image_folder needs one, with a folder of pictures for each class.")
+        raise ConfigError(
+            f"data.root: {root} is no folder. image_folder needs "
+            "one, with a folder of pictures for each class."
+        )
     train, test = root / "train", root / "test"
     split = [part for part in (train, test) if part.is_dir() and _class_folders(part)]
     if len(split) == 1:
         raise ConfigError(
-            f"data.root: {root} has folders of classes in {split[0].name}, and needs them in train and in test. Or set "
-            f"data.root: {split[0]}, and a test set is split off."
+            f"data.root: {root} has folders of classes in {split[0].name}, and needs them in train and in "
+            f"test. Or set data.root: {split[0]}, and a test set is split off."
         )
     if not split:
         samples, classes = _samples(root)
@@ -128,13 +137,17 @@ def _image_folder(config: DataConfig) -> Source:
     (samples, classes), (test_samples, test_classes) = _samples(train), _samples(test)
     if classes != test_classes:
         differ = ", ".join(sorted(set(classes) ^ set(test_classes)))
-        raise ConfigError(f"data.root: the classes in {train} and {test} differ: only one of them has {differ}.")
+        raise ConfigError(
+            f"data.root: the classes in {train} and {test} differ: only one of them has {differ}."
+        )
     size = _first_size(config, samples)
     return Source(_pictures(samples, size), _pictures(test_samples, size), classes)
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(
+        entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
+    )
 
 
 def _samples(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
@@ -145,11 +158,15 @@ def _samples(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
             f"data.root: {folder} holds {len(classes)} folders, and classes are at least two. Expected "
             "ROOT/train/CLASS/* and ROOT/test/CLASS/*, or ROOT/CLASS/*."
         )
-    samples = make_dataset(folder, {name: label for label, name in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True)
+    samples = make_dataset(
+        folder, {name: label for label, name in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True
+    )
     empty = sorted(set(range(len(classes))) - {label for _, label in samples})
     if empty:
         names = ", ".join(classes[label] for label in empty)
-        raise ConfigError(f"data.root: no pictures in {folder} for {names}. Looked for {', '.join(IMG_EXTENSIONS)}.")
+        raise ConfigError(
+            f"data.root: no pictures in {folder} for {names}. Looked for {', '.join(IMG_EXTENSIONS)}."
+        )
     return samples, tuple(classes)
 
 
@@ -169,7 +186,9 @@ def _decode_all(paths: Sequence[str], width: int, height: int, resize: bool) -> 
     images = torch.empty(len(paths), 3, height, width, dtype=torch.uint8)
     decode = partial(_decode, width=width, height=height, resize=resize)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        decoded = tqdm(pool.map(decode, paths), "reading pictures", len(paths), disable=len(paths) < MANY, leave=False)
+        decoded = tqdm(
+            pool.map(decode, paths), "reading pictures", len(paths), disable=len(paths) < MANY, leave=False
+        )
         for image, pixels in zip(images, decoded):
             image.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
     return images
@@ -196,10 +215,16 @@ def _open(path: str) -> Image.Image:
                 upright = upright.convert("RGBA")
             return upright.convert("RGB")
     except Exception as error:  # damaged files fail in many ways
-        raise ConfigError(f"data.root: {path} is no readable picture ({one_line(error)}). Repair or remove it.") from error
+        raise ConfigError(
+            f"data.root: {path} is no readable picture ({one_line(error)}). Repair or remove it."
+        ) from error
 
 
-_TORCHVISION: dict[str, type[MNIST | CIFAR10]] = {"mnist": MNIST, "fashion_mnist": FashionMNIST, "cifar10": CIFAR10}
+_TORCHVISION: dict[str, type[MNIST | CIFAR10]] = {
+    "mnist": MNIST,
+    "fashion_mnist": FashionMNIST,
+    "cifar10": CIFAR10,
+}
 _SOURCES: dict[str, Callable[[DataConfig], Source]] = {
     "digits": _digits,
     "image_folder": _image_folder,

@@ -10,7 +10,15 @@ from typing import Any, get_type_hints
 from .config import Config, ConfigError, Tune
 
 ANY = "*"  # a name that the user chooses, such as those under tune
-COMMAND_KEYS = ("config", "dry_run", "seeds", "jobs", "help", "print_config", "out")  # of commands, not of a run
+COMMAND_KEYS = (
+    "config",
+    "dry_run",
+    "seeds",
+    "jobs",
+    "help",
+    "print_config",
+    "out",
+)  # of commands, not of a run
 
 
 def _schema(kind: type) -> dict[str, Any]:
@@ -33,7 +41,9 @@ def _paths(schema: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 PATHS = tuple(path for path in _paths(SCHEMA) if ANY not in path)
 
 
-def check_content(content: Mapping[Any, Any], where: str, schema: Mapping[str, Any] = SCHEMA, path: str = "") -> None:
+def check_content(
+    content: Mapping[Any, Any], where: str, schema: Mapping[str, Any] = SCHEMA, path: str = ""
+) -> None:
     """Refuses keys of a YAML file that a configuration does not have.
 
     Raises:
@@ -41,14 +51,19 @@ def check_content(content: Mapping[Any, Any], where: str, schema: Mapping[str, A
     """
     for name, value in content.items():
         if not isinstance(name, str):
-            raise ConfigError(f"Keys are names, got {name!r} under {path.rstrip('.') or 'the top'} in {where}.")
+            raise ConfigError(
+                f"Keys are names, got {name!r} under {path.rstrip('.') or 'the top'} in {where}."
+            )
         if not path and name in COMMAND_KEYS:
             continue
         _check_name(name, schema, path, f"in {where}")
         inner = schema.get(name, schema.get(ANY))
         if inner is not None:
             if not isinstance(value, dict):
-                raise ConfigError(f"{path}{name} is a section and needs keys with values, got {shortened(value)} in {where}.")
+                raise ConfigError(
+                    f"{path}{name} is a section and needs keys with "
+                    f"values, got {shortened(value)} in {where}."
+                )
             check_content(value, where, inner, f"{path}{name}.")
 
 
@@ -63,7 +78,10 @@ def check_flag(flag: str) -> None:
         return
     if parts[0] == "tune" and len(parts) > 3:
         name, key = ".".join(parts[1:-1]), parts[-1]
-        raise ConfigError(f"On the command line a name with a dot, {name}, is given as --tune '{{{name}: {{{key}: VALUE}}}}'.")
+        raise ConfigError(
+            f"On the command line a name with a dot, {name}, is "
+            f"given as --tune '{{{name}: {{{key}: VALUE}}}}'."
+        )
     schema: Mapping[str, Any] = SCHEMA
     for i, name in enumerate(parts):
         if name == "help":
@@ -83,7 +101,13 @@ def _check_name(name: str, schema: Mapping[str, Any], path: str, where: str) -> 
 def _nearest(path: str) -> str:
     """The key of any section whose last part is most like that of ``path``."""
     last = path.rpartition(".")[2]
-    return max(PATHS, key=lambda known: (difflib.SequenceMatcher(None, last, known.rpartition(".")[2]).ratio(), -len(known)))
+    return max(
+        PATHS,
+        key=lambda known: (
+            difflib.SequenceMatcher(None, last, known.rpartition(".")[2]).ratio(),
+            -len(known),
+        ),
+    )
 
 
 def shortened(value: Any) -> str:

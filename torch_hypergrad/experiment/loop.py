@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..errors import HypergradientError, SolverError
 from ..hyper_optimizer import HyperOptimizer, HyperReport
 from .build import Parts
 from .config import Config, MethodConfig
-from .metrics import MetricsLog, in_brief
+from .metrics import MetricsLog, by_kind, in_brief
 from .results import summary_of, tuned_of
 from .run_folder import RunFolder
 from .stopping import StopRequest
@@ -57,11 +57,12 @@ class Run:
         self._checkpoint_every = config.output.checkpoint_every or max(1, self.total // 10)
         self._start = parts.training.values()
         self._losses = {"train": float("nan"), "val": float("nan")}
+        self._told: set[str] = set()
 
-    # ---- training -------------------------------------------------------------------------------------------------
+    # ---- training ------------------------------------------------------------------------------------------
 
     def train(self, stop: StopRequest, quiet: bool = False) -> bool:
-        """Trains to the end, or until a stop is requested: then the step is finished and a checkpoint written.
+        """Trains to the end, or until a stop is requested: then it finishes the step and saves a checkpoint.
 
         Returns:
             Whether the run is finished.
@@ -69,7 +70,9 @@ class Run:
         Raises:
             TrainingError: if the training loss is no longer finite, or a hypergradient is not.
         """
-        with tqdm(total=self.total, initial=self.progress.step, unit="step", dynamic_ncols=True, disable=quiet) as bar:
+        with tqdm(
+            total=self.total, initial=self.progress.step, unit="step", dynamic_ncols=True, disable=quiet
+        ) as bar:
             self._metrics = MetricsLog(self.folder, self.progress.step, self.config.output.tensorboard)
             try:
                 self._train(stop, bar)
@@ -128,8 +131,16 @@ class Run:
             progress.num_hyper_steps += 1
             progress.cost += cost_of(self.config.method, report, self._window())
             self._metrics.hyper_step(progress.step, report, hyper.values())
+            self._tell(report.warnings, bar)
         if self.config.train.episodes > 1:
             hyper.restart()
+
+    def _tell(self, warnings: Sequence[str], bar: tqdm) -> None:
+        """Prints each kind of warning once; how often it came is told at the end, from the metrics."""
+        for kind, warning in by_kind(warnings).items():
+            if kind not in self._told and not bar.disable:
+                bar.write(f"step {self.progress.step}: warning. {warning}")
+            self._told.add(kind)
 
     def _window(self) -> int:
         """Training steps that an unrolled hyper step goes back over."""
@@ -147,10 +158,11 @@ class Run:
 
     def _fail(self, reason: str) -> None:
         raise TrainingError(
-            f"Training stopped after step {self.progress.step}: {reason} The metrics are in {self.folder.path}."
+            f"Training stopped after step {self.progress.step}: "
+            f"{reason} The metrics are in {self.folder.path}."
         )
 
-    # ---- metrics --------------------------------------------------------------------------------------------------
+    # ---- metrics -------------------------------------------------------------------------------------------
 
     def _log_train_loss(self, loss: float, bar: tqdm) -> None:
         if not math.isfinite(loss):
@@ -162,10 +174,13 @@ class Run:
     def _evaluate(self, bar: tqdm) -> None:
         parts = self.parts
         some = slice(0, self.config.output.eval_size)
-        train, val = (parts.objective.evaluate(parts.model, part[some]) for part in (parts.data.train, parts.data.val))
+        train, val = (
+            parts.objective.evaluate(parts.model, part[some]) for part in (parts.data.train, parts.data.val)
+        )
         if not math.isfinite(train["loss"] + val["loss"]):
             self._fail(
-                f"the loss is {train['loss']} on the training images and {val['loss']} on the validation images. {REMEDY}"
+                f"the loss is {train['loss']} on the training images "
+                f"and {val['loss']} on the validation images. {REMEDY}"
             )
         row = {"kind": "eval", "step": self.progress.step, "seconds": round(self.progress.seconds, 2)}
         self._metrics.log({**row, "train": train, "val": val})
@@ -176,7 +191,7 @@ class Run:
         losses = {f"{name} loss": f"{loss:.4f}" for name, loss in self._losses.items()}
         bar.set_postfix(losses | in_brief(self.parts.training.values()), refresh=False)
 
-    # ---- checkpoints and results ----------------------------------------------------------------------------------
+    # ---- checkpoints and results ---------------------------------------------------------------------------
 
     def _save(self) -> None:
         self._metrics.flush()
@@ -214,18 +229,22 @@ class Run:
 
 
 def is_hyper_step(config: Config, steps: int, step: int) -> bool:
-    """Whether a hyper step follows training step ``step``, counted from 1, where an episode has ``steps`` of them."""
+    """Whether a hyper step follows training step ``step``, counted from 1, with ``steps`` to an episode."""
     train = config.train
     if config.method.name == "none":
         return False
     if train.episodes > 1:
         return step % steps == 0 and step < steps * train.episodes
-    return train.hyper_every is not None and step > train.warmup and (step - train.warmup) % train.hyper_every == 0
+    return (
+        train.hyper_every is not None
+        and step > train.warmup
+        and (step - train.warmup) % train.hyper_every == 0
+    )
 
 
 def cost_of(method: MethodConfig, report: HyperReport, window: int) -> float:
-    """A hyper step's cost in training steps, counted, not timed: a product with the Hessian is taken as 2 training steps, a
-    replayed step as 3, and the validation gradient and the mixed product as 3 together."""
+    """A hyper step's cost in training steps, counted, not timed: a product with the Hessian is taken as 2
+    training steps, a replayed step as 3, and the validation gradient and the mixed product as 3 together."""
     if method.name == "implicit":
         return 3 + 2 * (report.num_matvecs or 0) * (method.num_batches or 1)
     return 1 + 3 * window

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from .run_folder import RunFolder
 
 QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
 MOST_SORTED = 1_000_000  # torch.quantile takes 16 million numbers at most; of more, every k-th stands for all
+NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]\d+)?|\b(nan|inf)\b")
 
 
 class MetricsLog:
@@ -28,7 +31,9 @@ class MetricsLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1 if step else None)
+            self._writer = SummaryWriter(
+                str(folder.path / "tensorboard"), purge_step=step + 1 if step else None
+            )
 
     def log(self, row: dict[str, Any]) -> None:
         """One row, with its ``"kind"`` and ``"step"``."""
@@ -50,6 +55,7 @@ class MetricsLog:
                 "adjoint_growth": report.adjoint_growth,
                 "product_error": report.product_error,
                 "clipped": report.clipped,
+                "warnings": by_kind(report.warnings),
                 "values": {name: spread_of(value) for name, value in values.items()},
             }
         )
@@ -65,6 +71,15 @@ class MetricsLog:
             self._writer.close()
 
 
+def by_kind(warnings: Sequence[str]) -> dict[str, str]:
+    """Sentences by what is left of them without their numbers, in which alone those of one kind differ.
+
+    >>> by_kind(["Adjoints grew 1.2e+03 times.", "Solve: nan% left."])
+    {'Adjoints grew # times.': 'Adjoints grew 1.2e+03 times.', 'Solve: #% left.': 'Solve: nan% left.'}
+    """
+    return {NUMBER.sub("#", warning): warning for warning in warnings}
+
+
 def spread_of(values: Tensor) -> float | dict[str, float]:
     """A number as it is; of many their quantiles and mean."""
     flat = values.detach().flatten().float()
@@ -72,7 +87,11 @@ def spread_of(values: Tensor) -> float | dict[str, float]:
         return flat.item()
     some = flat[:: -(-flat.numel() // MOST_SORTED)]
     found = torch.quantile(some, torch.tensor(list(QUANTILES.values()), device=flat.device)).tolist()
-    return dict(zip(QUANTILES, found)) | {"min": flat.min().item(), "max": flat.max().item(), "mean": flat.mean().item()}
+    return dict(zip(QUANTILES, found)) | {
+        "min": flat.min().item(),
+        "max": flat.max().item(),
+        "mean": flat.mean().item(),
+    }
 
 
 def in_brief(values: dict[str, Tensor]) -> dict[str, str]:
@@ -80,8 +99,13 @@ def in_brief(values: dict[str, Tensor]) -> dict[str, str]:
     by_setting: dict[str, list[Tensor]] = {}
     for name, value in values.items():
         by_setting.setdefault(name.split("/")[0], []).append(value.detach().flatten())
-    ranges = {name: torch.stack([torch.cat(v).min(), torch.cat(v).max()]).tolist() for name, v in by_setting.items()}
-    return {name: f"{low:.3g}" if low == high else f"{low:.1e}..{high:.1e}" for name, (low, high) in ranges.items()}
+    ranges = {
+        name: torch.stack([torch.cat(v).min(), torch.cat(v).max()]).tolist() for name, v in by_setting.items()
+    }
+    return {
+        name: f"{low:.3g}" if low == high else f"{low:.1e}..{high:.1e}"
+        for name, (low, high) in ranges.items()
+    }
 
 
 def _numbers(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -29,22 +29,27 @@ def make_model(config: ModelConfig, image_shape: Shape, num_classes: int) -> nn.
 
     >>> from torch_hypergrad.experiment.config import ModelConfig
     >>> model = make_model(ModelConfig(name="mlp", options={"hidden": [64]}), (1, 8, 8), 10)
-    >>> [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters() if name.endswith("weight")]
+    >>> [(name, tuple(param.shape)) for name, param in model.named_parameters() if param.ndim > 1]
     [('hidden.0.weight', (64, 64)), ('out.weight', (10, 64))]
 
     Raises:
-        ConfigError: options that the network does not have or refuses; a module that cannot be imported, is no
-            ``nn.Module``, or does not map such images to ``num_classes`` logits. One line.
+        ConfigError: options that the network does not have or refuses; a module that cannot be imported, is
+            no ``nn.Module``, or does not map such images to ``num_classes`` logits. One line.
     """
     if config.module is not None:
         model = call_with_options(_import_module(config.module), config.options, "model.options")
         return _checked(model, config.module, image_shape, num_classes)
     return call_with_options(
-        NETWORKS[config.name], config.options, "model.options", image_shape, num_classes, skip=("image_shape", "num_classes")
+        NETWORKS[config.name],
+        config.options,
+        "model.options",
+        image_shape,
+        num_classes,
+        skip=("image_shape", "num_classes"),
     )
 
 
-# ---- networks ---------------------------------------------------------------------------------------------------------
+# ---- networks ----------------------------------------------------------------------------------------------
 
 
 def linear(image_shape: Shape, num_classes: int) -> nn.Module:
@@ -62,7 +67,9 @@ class MLP(nn.Module):
         dropout: this share of the units of each hidden layer is dropped in training
     """
 
-    def __init__(self, image_shape: Shape, num_classes: int, hidden: Sequence[int] = (256,), dropout: float = 0.0) -> None:
+    def __init__(
+        self, image_shape: Shape, num_classes: int, hidden: Sequence[int] = (256,), dropout: float = 0.0
+    ) -> None:
         super().__init__()
         if not all(units >= 1 for units in hidden):
             raise ValueError("hidden layers need at least 1 unit")
@@ -121,31 +128,46 @@ def resnet18(image_shape: Shape, num_classes: int, norm: Literal["batch", "group
     return model
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"linear": linear, "mlp": MLP, "cnn": CNN, "resnet18": resnet18}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "linear": linear,
+    "mlp": MLP,
+    "cnn": CNN,
+    "resnet18": resnet18,
+}
 
 
-# ---- networks of one's own --------------------------------------------------------------------------------------------
+# ---- networks of one's own ---------------------------------------------------------------------------------
 
 
 def _import_module(path: str) -> type[nn.Module]:
     """The class at ``package.Class``, where the package may lie in the current folder."""
     package, _, name = path.rpartition(".")
     if not package or not name:
-        raise ConfigError(f"model.module: got {path!r}, expected package.Class, such as my_net.MyNet for my_net.py.")
+        raise ConfigError(
+            f"model.module: got {path!r}, expected package.Class, such as my_net.MyNet for my_net.py."
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as of a script that is run there
     try:
         imported = importlib.import_module(package)
     except Exception as error:  # whatever the user's code raises
-        remedy = f" Run where {package} can be imported, or install it." if isinstance(error, ModuleNotFoundError) else ""
+        remedy = (
+            f" Run where {package} can be imported, or install it."
+            if isinstance(error, ModuleNotFoundError)
+            else ""
+        )
         message = f"importing {package} failed ({type(error).__name__}: {one_line(error)})."
         raise ConfigError(f"model.module: {message}{remedy}") from error
     if not hasattr(imported, name):
         near = get_close_matches(name, dir(imported), n=1)
-        raise ConfigError(f"model.module: {package} has no {name}.{f' Did you mean {near[0]}?' if near else ''}")
+        raise ConfigError(
+            f"model.module: {package} has no {name}.{f' Did you mean {near[0]}?' if near else ''}"
+        )
     found = getattr(imported, name)
     if not isinstance(found, type) or not issubclass(found, nn.Module):
-        raise ConfigError(f"model.module: {path} is no class of networks. Make it a subclass of torch.nn.Module.")
+        raise ConfigError(
+            f"model.module: {path} is no class of networks. Make it a subclass of torch.nn.Module."
+        )
     return found
 
 
@@ -161,21 +183,22 @@ def _checked(model: nn.Module, path: str, image_shape: Shape, num_classes: int) 
     found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if found != (2, num_classes):
         raise ConfigError(
-            f"model.module: {path} gives {found} for images of shape {shape}, expected {(2, num_classes)}, one logit for "
-            "each class. See model.options."
+            f"model.module: {path} gives {found} for images of shape {shape}, expected {(2, num_classes)}, "
+            "one logit for each class. See model.options."
         )
     return model.train(training)
 
 
-# ---- changes to images ------------------------------------------------------------------------------------------------
+# ---- changes to images -------------------------------------------------------------------------------------
 
 
 class Augmenter(nn.Module):
-    """A network that changes images at random, to be tuned (after Lorraine, Vicol and Duvenaud 2020, section 5.3).
+    """A network that changes images at random, to be tuned (after Lorraine, Vicol and Duvenaud 2020, section
+    5.3).
 
-    It sees the image, a channel of noise in each pixel and one of noise in each image, both drawn anew in every call, and
-    adds its output to the image. It starts as the identity, with a last layer of zeros. Its activation is smooth, since
-    hypergradients through it are second derivatives.
+    It sees the image, a channel of noise in each pixel and one of noise in each image, both drawn anew in
+    every call, and adds its output to the image. It starts as the identity, with a last layer of zeros. Its
+    activation is smooth, since hypergradients through it are second derivatives.
 
     Args:
         channels: of the images
@@ -205,7 +228,8 @@ def random_flip(images: Tensor) -> Tensor:
 
 
 def random_crop_flip(images: Tensor, padding: int = 4) -> Tensor:
-    """Each image shifted at random by up to ``padding`` pixels either way, zeros moving in, then :func:`random_flip`."""
+    """Each image shifted at random by up to ``padding`` pixels either way, zeros moving in, and perhaps
+    flipped."""
     n, channels, height, width = images.shape
     shifts = torch.randint(2 * padding + 1, (2, n, 1), device=images.device)
     rows = (shifts[0] + torch.arange(height, device=images.device)).view(n, 1, height, 1)

@@ -1,6 +1,6 @@
 """The training and validation losses of a run, on batches of row numbers.
 
-Recorded batches are row numbers of images that stay where they are, so a trajectory of any length holds no pictures.
+Recorded batches are row numbers of images that stay where they are, so that no trajectory holds pictures.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ class Objective:
     """
 
     def __init__(
-        self, data: Data, augment: str, bf16: bool, example_logits: Tensor | None = None, augmenter: nn.Module | None = None
+        self,
+        data: Data,
+        augment: str,
+        bf16: bool,
+        example_logits: Tensor | None = None,
+        augmenter: nn.Module | None = None,
     ) -> None:
         self.data, self.bf16 = data, bf16
         self.example_logits, self.augmenter = example_logits, augmenter

@@ -1,4 +1,4 @@
-"""Keyword arguments from a configuration: checked against the signature of what they are for, then passed on."""
+"""Keyword arguments from a configuration: checked against the signature that they are for."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ T = TypeVar("T")
 def call_with_options(
     function: Callable[..., T], options: Mapping[str, Any], key: str, *args: Any, skip: Collection[str] = ()
 ) -> T:
-    """``function(*args, **options)``, where names and types of the options are those of the function's signature.
+    """``function(*args, **options)``, with names and types of the options as in the function's signature.
 
     Types follow the annotations, so that a list of YAML becomes the tuple that Adam's betas are.
 
     >>> import torch
     >>> weights = [torch.zeros(3, requires_grad=True)]
-    >>> optimizer = call_with_options(torch.optim.Adam, {"betas": [0.5, 0.9]}, "optimizer.options", weights, skip={"params"})
-    >>> optimizer.defaults["betas"]
+    >>> where = "options"
+    >>> adam = call_with_options(torch.optim.Adam, {"betas": [0.5, 0.9]}, where, weights, skip={"params"})
+    >>> adam.defaults["betas"]
     (0.5, 0.9)
-    >>> call_with_options(torch.optim.SGD, {"momentun": 0.9}, "optimizer.options", weights, skip={"params"})
+    >>> call_with_options(torch.optim.SGD, {"momentun": 0.9}, where, weights, skip={"params"})
     Traceback (most recent call last):
-    torch_hypergrad.experiment.config.ConfigError: optimizer.options: SGD has no momentun. Did you mean momentum?
+    torch_hypergrad.experiment.config.ConfigError: options: SGD has no momentun. Did you mean momentum?
 
     Args:
         function: a function or a class
@@ -39,7 +40,8 @@ def call_with_options(
         args: positional arguments that come first
         skip: names that options may not give, those of ``args``
     Raises:
-        ConfigError: an unknown name, a wrong type, a missing argument, or a value that ``function`` refuses. One line.
+        ConfigError: an unknown name, a wrong type, a missing argument, or a value that ``function`` refuses.
+            One line.
     """
     checked = check_options(function, options, key, skip)
     try:
@@ -61,7 +63,11 @@ def check_options(
     given = {name: value for name, value in options.items() if name in known}
     try:
         parsed = parser.parse_object(given, defaults=False)
-        parsed = parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
+        parsed = (
+            parser.instantiate(parsed)
+            if hasattr(parser, "instantiate")
+            else parser.instantiate_classes(parsed)
+        )
     except ArgumentError as error:
         raise ConfigError(_explain(function, given, key, error)) from error
     return {**options, **{name: parsed[name] for name in given}}

@@ -1,4 +1,4 @@
-"""Which images each step sees, as a function of the seed and the step's number: a resumed run needs nothing else."""
+"""Which images each step sees, by seed and number of the step: a resumed run needs nothing else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Shuffled:
-    """Row numbers in an order that is drawn anew for each pass; what does not fill a batch at its end is left out.
+    """Row numbers in an order drawn anew for each pass; what does not fill a batch at its end is left out.
 
     Args:
         num_rows: how many there are.

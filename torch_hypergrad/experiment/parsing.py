@@ -20,7 +20,9 @@ from .keys import check_content, check_flag, shortened
 
 def add_config(parser: ArgumentParser) -> None:
     """Gives a command every key of :class:`Config`, and ``--config`` for a YAML file of them."""
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below; what follows it overrides it")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the keys below; what follows it overrides it"
+    )
     parser.add_class_arguments(Config, as_group=True)
 
 
@@ -44,7 +46,11 @@ def config_of(parser: ArgumentParser, arguments: Namespace) -> Config:
         ConfigError: one line.
     """
     names = [f.name for f in fields(Config)]
-    parts = parser.instantiate(arguments) if hasattr(parser, "instantiate") else parser.instantiate_classes(arguments)
+    parts = (
+        parser.instantiate(arguments)
+        if hasattr(parser, "instantiate")
+        else parser.instantiate_classes(arguments)
+    )
     config = Config(**{name: parts[name] for name in names})
     check(config)
     return config
@@ -101,7 +107,9 @@ def _choices(found: re.Match[str]) -> str:
     """``Expected a Literal[...]. Got value: x`` in plain words, with the nearest choice."""
     choices = re.findall(r"'([^']*)'", found[1])
     near = difflib.get_close_matches(found[2], choices, n=1)
-    return f"expected one of {', '.join(choices)}; got {found[2]}." + (f" The nearest is {near[0]}." if near else "")
+    return f"expected one of {', '.join(choices)}; got {found[2]}." + (
+        f" The nearest is {near[0]}." if near else ""
+    )
 
 
 REWORDED: tuple[tuple[str, Any], ...] = (
@@ -110,7 +118,8 @@ REWORDED: tuple[tuple[str, Any], ...] = (
     (r'Parser key "([^"]+)":? ?', r"\1: "),
     (r"^error: ", ""),
     (
-        r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .*?Given value type",
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] "
+        r"Errors: .*?Given value type",
         lambda found: f"expected {found[1].replace(', null', ' or null')}. Type",
     ),
     (r"Type: \w+ Given value: (.*)$", r"Got \1."),

@@ -29,7 +29,9 @@ class PlainTraining:
         loss = self._train_loss(self.model, batch)
         loss.backward()
         if self._grad_transform is not None:
-            with_grad = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            with_grad = [
+                p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
+            ]
             for param, grad in zip(with_grad, self._grad_transform([p.grad for p in with_grad])):
                 param.grad = grad
         self.optimizer.step()
@@ -58,7 +60,7 @@ class PlainTraining:
 
 
 def clip_by_norm(max_norm: float) -> Callable[[list[Tensor]], list[Tensor]]:
-    """Scales all gradients by one factor so that their common norm is at most ``max_norm``; differentiable."""
+    """Scales all gradients by one factor to a common norm of at most ``max_norm``; differentiable."""
 
     def clip(grads: list[Tensor]) -> list[Tensor]:
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))

@@ -1,4 +1,4 @@
-"""What a finished run leaves for its report: test results, the tuned values, and the pictures that explain them."""
+"""What a finished run leaves for its report: test results, tuned values, pictures that explain them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,19 @@ def summary_of(parts: Parts, progress: dict[str, Any], values: dict[str, Tensor]
     from .. import __version__
 
     sets = {"train": parts.data.train, "val": parts.data.val, "test": parts.data.test}
-    counts = {"steps": progress["step"], **{k: progress[k] for k in ("cost", "num_hyper_steps", "num_skipped", "seconds")}}
+    counts = {
+        "steps": progress["step"],
+        **{k: progress[k] for k in ("cost", "num_hyper_steps", "num_skipped", "seconds")},
+    }
     return {
         **counts,
         **{name: parts.objective.evaluate(parts.model, images) for name, images in sets.items()},
         "sizes": {name: len(images) for name, images in sets.items()},
         "num_parameters": sum(p.numel() for p in parts.model.parameters()),
         "num_values": sum(value.numel() for value in values.values()),
-        "device": torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else parts.device.type,
+        "device": torch.cuda.get_device_name(parts.device)
+        if parts.device.type == "cuda"
+        else parts.device.type,
         "threads": torch.get_num_threads(),
         "versions": {
             "torch_hypergrad": __version__,
@@ -67,7 +72,12 @@ def _example_weights(parts: Parts) -> dict[str, Any]:
     return {
         "example_weights": weights,
         "wrong": wrong,
-        "lowest": {"images": images.images, "labels": images.labels, "weights": weights[lowest], "wrong": wrong[lowest]},
+        "lowest": {
+            "images": images.images,
+            "labels": images.labels,
+            "weights": weights[lowest],
+            "wrong": wrong[lowest],
+        },
     }
 
 

@@ -23,7 +23,8 @@ CHECKPOINT = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 
 
 class RunFolder:
-    """``config.yaml``, ``metrics.jsonl``, ``checkpoints/``; of a finished run ``model.pt``, ``tuned.pt``, ``summary.json``."""
+    """``config.yaml``, ``metrics.jsonl``, ``checkpoints/``; once finished also ``model.pt``, ``tuned.pt`` and
+    ``summary.json``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,12 +56,15 @@ class RunFolder:
         """
         if not self.config_file.exists():
             return
-        there, here = yaml.safe_load(self.config_file.read_text(encoding="utf-8")), yaml.safe_load(_as_yaml(config))
+        there, here = (
+            yaml.safe_load(self.config_file.read_text(encoding="utf-8")),
+            yaml.safe_load(_as_yaml(config)),
+        )
         for section in here:
             if section != "output" and there.get(section) != here[section]:
                 raise ConfigError(
-                    f"{self.path} holds a run of another configuration: {section} is {there.get(section)} there and "
-                    f"{here[section]} here. Choose another output.folder."
+                    f"{self.path} holds a run of another configuration: {section} is {there.get(section)} "
+                    f"there and {here[section]} here. Choose another output.folder."
                 )
 
     @property
@@ -70,14 +74,16 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from training in this folder; the lock goes with the process, however it ends."""
+        """Keeps other processes from training here; the lock goes with the process, however it ends."""
         try:
             with FileLock(self.path / ".lock", timeout=0):
                 yield
         except Timeout as error:
-            raise ConfigError(f"Another process is training in {self.path}. Wait for it, or stop it.") from error
+            raise ConfigError(
+                f"Another process is training in {self.path}. Wait for it, or stop it."
+            ) from error
 
-    # ---- metrics --------------------------------------------------------------------------------------------------
+    # ---- metrics -------------------------------------------------------------------------------------------
 
     def open_metrics(self, size: int) -> None:
         """Cuts what was written after the first ``size`` bytes, which a resumed run writes again."""
@@ -95,7 +101,7 @@ class RunFolder:
             os.fsync(file.fileno())
             return file.tell()
 
-    # ---- results --------------------------------------------------------------------------------------------------
+    # ---- results -------------------------------------------------------------------------------------------
 
     def finish(self, summary: dict[str, Any], tuned: dict[str, Any], model: dict[str, Any]) -> None:
         """Writes the results; the summary last, since it says that the run is finished."""
@@ -103,10 +109,10 @@ class RunFolder:
         write_atomically(self.model_file, _as_bytes(model))
         write_atomically(self.summary_file, json.dumps(summary, indent=2).encode())
 
-    # ---- checkpoints ----------------------------------------------------------------------------------------------
+    # ---- checkpoints ---------------------------------------------------------------------------------------
 
     def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> Path:
-        """Writes a checkpoint under a name that holds the hash of its contents, and deletes all but the last ``keep``."""
+        """Writes a checkpoint whose name holds the hash of its contents, and keeps only the last ``keep``."""
         content = _as_bytes(state)
         path = self.checkpoints / f"step-{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
         write_atomically(path, content)
@@ -117,8 +123,8 @@ class RunFolder:
         return path
 
     def load_checkpoint(self) -> tuple[dict[str, Any] | None, list[Path]]:
-        """The newest checkpoint that is whole, or None; and the newer ones that are damaged, which get another name so that
-        they do not count among the last that are kept."""
+        """The newest checkpoint that is whole, or None; and the newer ones that are damaged, which get
+        another name so that they do not count among the last that are kept."""
         damaged: list[Path] = []
         for path in self._checkpoint_files():
             content = path.read_bytes()
@@ -130,9 +136,16 @@ class RunFolder:
 
     def _checkpoint_files(self) -> list[Path]:
         """Newest first."""
-        named = [(match, path) for path in self.checkpoints.glob("*.pt") if (match := CHECKPOINT.fullmatch(path.name))]
+        named = [
+            (match, path)
+            for path in self.checkpoints.glob("*.pt")
+            if (match := CHECKPOINT.fullmatch(path.name))
+        ]
         return [
-            path for _, path in sorted(named, key=lambda pair: (int(pair[0][1]), pair[1].stat().st_mtime_ns), reverse=True)
+            path
+            for _, path in sorted(
+                named, key=lambda pair: (int(pair[0][1]), pair[1].stat().st_mtime_ns), reverse=True
+            )
         ]
 
 

@@ -29,8 +29,8 @@ def train(config: Config, name: str) -> tuple[Path, int | None]:
     folder = RunFolder(folder_of(config, name))
     if folder.config_file.exists():
         raise ConfigError(
-            f"output.folder={folder.path} holds a run already. Go on with: torch-hypergrad resume {folder.path}, or choose "
-            "another folder."
+            f"output.folder={folder.path} holds a run already. Go on with: torch-hypergrad resume "
+            f"{folder.path}, or choose another folder."
         )
     with stop_on_signals() as stop:
         finished = run_in(config, folder, stop)
@@ -42,7 +42,8 @@ def resume(path: Path) -> tuple[Path, int | None]:
     folder = RunFolder(path)
     if not folder.config_file.is_file():
         raise ConfigError(
-            f"{path} is no folder of a run: it has no {folder.config_file.name}. Give the folder that train named."
+            f"{path} is no folder of a run: it has no "
+            f"{folder.config_file.name}. Give the folder that train named."
         )
     if folder.finished:
         print(f"{path} is finished already.")
@@ -77,7 +78,9 @@ def _go_on(run: Run) -> None:
         damaged = run.load()
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"The checkpoint in {run.folder.path} does not fit its configuration: {reason}") from error
+        raise ConfigError(
+            f"The checkpoint in {run.folder.path} does not fit its configuration: {reason}"
+        ) from error
     for file in damaged:
         print(f"A checkpoint is damaged and was passed over; it is now called {file}.", file=sys.stderr)
     print(f"Going on after step {run.progress.step}.", file=sys.stderr)

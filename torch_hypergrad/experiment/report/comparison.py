@@ -51,7 +51,9 @@ def draw_results(groups: Sequence[Group]) -> Picture | None:
     many = max(len(group.finished) for group in groups) > 1
     caption = "Test accuracy and test loss of each row"
     caption += (
-        ": a dot for each seed, the black line their mean and the bar one standard deviation either way." if many else "."
+        ": a dot for each seed, the black line their mean and the bar one standard deviation either way."
+        if many
+        else "."
     )
     return finish(figure, "results", caption)
 
@@ -64,7 +66,15 @@ def _draw_dots(axes: Axes, columns: Sequence[Sequence[float]]) -> None:
             mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
             axes.barh(place, 2 * std, left=mean - std, height=0.55, color=color, alpha=0.22)
             axes.plot([mean, mean], [place - 0.28, place + 0.28], color=BLACK, lw=1.4)
-        axes.plot(values, [place + shift for shift in shifts[: len(values)]], "o", color=color, ms=5, mec="white", mew=0.6)
+        axes.plot(
+            values,
+            [place + shift for shift in shifts[: len(values)]],
+            "o",
+            color=color,
+            ms=5,
+            mec="white",
+            mew=0.6,
+        )
     axes.use_sticky_edges = False  # or a bar would touch the frame
     axes.locator_params(axis="x", nbins=6)
 
@@ -77,13 +87,17 @@ def draw_overlaid(groups: Sequence[Group]) -> Picture | None:
     places = {group.name: place for place, group in enumerate(groups)}
     figure = new_figure(4.2 + 0.24 * (-(-len(shown) // 4)))
     training, validation = figure.subplots(1, 2)
-    leave_out = [group for group in shown if any(run.config["data"]["train_on"] != "train" for run in group.runs)]
+    leave_out = [
+        group for group in shown if any(run.config["data"]["train_on"] != "train" for run in group.runs)
+    ]
     for axes, part, drawn in (
         (training, "train", shown),
         (validation, "val", [group for group in shown if group not in leave_out]),
     ):
         for group in drawn:
-            _draw_group(axes, group, part, *_look(places[group.name]), MARKERS[places[group.name] % len(MARKERS)])
+            _draw_group(
+                axes, group, part, *_look(places[group.name]), MARKERS[places[group.name] % len(MARKERS)]
+            )
         step_axis(axes)
         losses = [line[part]["loss"] for group in drawn for run in group.runs for line in run.evals]
         set_scale(axes, "y", losses, log=True)
@@ -109,12 +123,28 @@ def _draw_group(axes: Axes, group: Group, part: str, color: str, style: str, mar
     common = sorted(set.intersection(*(set(curve) for curve in curves)))
     if len(curves) > 1:
         for curve in curves:
-            axes.plot(list(curve), list(curve.values()), color=color, ls=style, lw=0.7, alpha=0.4, marker=dots(curve))
+            axes.plot(
+                list(curve),
+                list(curve.values()),
+                color=color,
+                ls=style,
+                lw=0.7,
+                alpha=0.4,
+                marker=dots(curve),
+            )
     if common:
         mean = [float(np.mean([curve[step] for curve in curves])) for step in common]
         every = max(1, len(common) // 6)
         axes.plot(
-            common, mean, color=color, ls=style, lw=1.9, marker=marker, ms=5, markevery=every, label=wrapped(group.name, 30)
+            common,
+            mean,
+            color=color,
+            ls=style,
+            lw=1.9,
+            marker=marker,
+            ms=5,
+            markevery=every,
+            label=wrapped(group.name, 30),
         )
 
 

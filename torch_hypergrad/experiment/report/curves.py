@@ -8,7 +8,7 @@ from .read import Record, Run
 from .style import (
     BLACK,
     BLUE,
-    GREY,
+    ORANGE,
     SKY,
     VERMILION,
     Picture,
@@ -20,7 +20,6 @@ from .style import (
     set_scale,
     step_axis,
 )
-from .trust import MAX_RESIDUAL
 
 
 def draw_curves(run: Run) -> Picture | None:
@@ -51,7 +50,9 @@ _LONG = {"train": "training images", "val": "validation images"}
 def _draw_losses(axes: Axes, run: Run) -> None:
     lines = run.records["train"]
     of_batches = [line["loss"] for line in lines]
-    axes.plot(_steps(lines), of_batches, color=SKY, lw=0.7, alpha=0.7, marker=dots(lines), label="training batches")
+    axes.plot(
+        _steps(lines), of_batches, color=SKY, lw=0.7, alpha=0.7, marker=dots(lines), label="training batches"
+    )
     shown = list(of_batches)
     for part, color in (("train", BLUE), ("val", VERMILION)):
         losses = _column(run.evals, part, "loss")
@@ -78,7 +79,9 @@ def draw_health(run: Run) -> Picture | None:
         "adjoint_growth": "growth of adjoints over the sweep",
         "product_error": "estimated error of products",
     }
-    shown = {key: label for key, label in wanted.items() if any(line.get(key) is not None for line in run.hyper)}
+    shown = {
+        key: label for key, label in wanted.items() if any(line.get(key) is not None for line in run.hyper)
+    }
     if len({line.get("num_matvecs") for line in run.hyper}) == 1:
         shown.pop("num_matvecs", None)  # the same each time: the head of the page says how many
     if not shown:
@@ -91,13 +94,16 @@ def draw_health(run: Run) -> Picture | None:
         axes.set_title(label)
         set_scale(axes, "y", values, log=key != "num_matvecs")
         step_axis(axes)
-        if key == "residual":
-            axes.axhline(MAX_RESIDUAL, color=GREY, lw=0.9, ls="--")
+        if warned := [line for line in lines if line.get("warnings")]:
+            label = "hyper step with a warning"
+            axes.plot(_steps(warned), [line[key] for line in warned], "o", color=ORANGE, ms=5, label=label)
         for number, line in enumerate(run.skipped):
-            axes.axvline(line["step"], color=VERMILION, lw=0.8, alpha=0.6, label="" if number else "skipped hyper step")
+            axes.axvline(
+                line["step"], color=VERMILION, lw=0.8, alpha=0.6, label="" if number else "skipped hyper step"
+            )
     legend_below(figure, *every)
     caption = "How each hyper step went"
-    caption += "; above the dashed line, most of the linear system is left unsolved" if "residual" in shown else ""
+    caption += "; those with a warning are orange" if any(line.get("warnings") for line in run.hyper) else ""
     caption += "; the vertical lines are skipped hyper steps" if run.skipped else ""
     return finish(figure, "health", caption + ".", f"Over training steps: {', '.join(shown.values())}.")
 

@@ -20,9 +20,12 @@ _SOLVERS = {
     "cg": "conjugate gradients",
     "nystrom": "conjugate gradients after a Nystrom approximation",
     "cholesky": "a Cholesky factorization",
-    "identity": "the identity for the inverse Hessian (T1-T2)",
+    "identity": "the identity for the inverse Hessian",
 }
-_ONLY_IMAGES = {"example_weights": "a weight for each training image", "augmentation": "the augmentation of training images"}
+_ONLY_IMAGES = {
+    "example_weights": "a weight for each training image",
+    "augmentation": "the augmentation of training images",
+}
 
 
 def in_one_sentence(run: Run) -> str:
@@ -30,7 +33,10 @@ def in_one_sentence(run: Run) -> str:
     tune, method = run.config["tune"], run.config["method"]["name"]
     if not tune or method == "none":
         return "Trained without tuning."
-    things = [_ONLY_IMAGES.get(name) or f"{name} ({_PER.get(entry['per'], entry['per'])})" for name, entry in tune.items()]
+    things = [
+        _ONLY_IMAGES.get(name) or f"{name} ({_PER.get(entry['per'], entry['per'])})"
+        for name, entry in tune.items()
+    ]
     count = num_values(run)
     many = f": {count:,} values" if count is not None and count > 1 else ""
     return f"Tuned {listing(things)}{many}, by {_how(run.config['method'])}."
@@ -43,7 +49,9 @@ def _how(method: dict[str, Any]) -> str:
         damping = f", damping {number(method['damping'])}" if method["damping"] else ""
         curvature = ", on the Gauss-Newton curvature" if method.get("curvature") == "gauss_newton" else ""
         units = ", in the units of the optimizer's second moments" if method.get("preconditioner") else ""
-        return f"implicit differentiation with {_SOLVERS.get(solver, solver)}{terms}{damping}{curvature}{units}"
+        return (
+            f"implicit differentiation with {_SOLVERS.get(solver, solver)}{terms}{damping}{curvature}{units}"
+        )
     if method["name"] == "unrolled":
         last = f" (the last {method['truncation']:,} steps)" if method["truncation"] else ""
         return f"differentiation through the unrolled training steps{last}"
@@ -85,7 +93,10 @@ def headline_numbers(run: Run) -> list[tuple[str, str]]:
     else:
         return []
     so_far = "" if run.finished else ", so far"
-    return [(percent(source["accuracy"]), f"{part} accuracy{so_far}"), (fixed(source["loss"], 3), f"{part} loss{so_far}")]
+    return [
+        (percent(source["accuracy"]), f"{part} accuracy{so_far}"),
+        (fixed(source["loss"], 3), f"{part} loss{so_far}"),
+    ]
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
@@ -98,9 +109,17 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("Optimizer", _with_options(run.config["optimizer"])),
         ("Hyper steps", _hyper_steps(run)),
         ("Training", f"{run.steps:,} steps; seed {run.seed}"),
-        ("Cost", f"as much as {summary['cost']:,.0f} training steps" if summary.get("cost") is not None else ""),
+        (
+            "Cost",
+            f"as much as {summary['cost']:,.0f} training steps" if summary.get("cost") is not None else "",
+        ),
         ("Duration", duration(run.seconds)),
-        ("Left out", f"{count_of(run.unreadable, 'line')} of metrics.jsonl could not be read" if run.unreadable else ""),
+        (
+            "Left out",
+            f"{count_of(run.unreadable, 'line')} of metrics.jsonl could not be read"
+            if run.unreadable
+            else "",
+        ),
     ]
     return [(name, text) for name, text in every if text]
 
@@ -110,7 +129,9 @@ def _data(run: Run) -> str:
     known = (run.summary or {}).get("sizes") or {part: data[f"{part}_size"] for part in _PARTS}
     sizes = [f"{known[part]:,} {name}" for part, name in _PARTS.items() if known.get(part) is not None]
     text = f"{data['name']}: {listing(sizes)} images" if sizes else data["name"]
-    text += f"; {percent(data['label_noise'], 0)} of the training labels are wrong" if data["label_noise"] else ""
+    text += (
+        f"; {percent(data['label_noise'], 0)} of the training labels are wrong" if data["label_noise"] else ""
+    )
     text += f"; trained on {data['train_on'].replace('_', ' ')}" if data["train_on"] != "train" else ""
     return text + (f"; random {data['augment'].replace('_', ' and ')}" if data["augment"] != "none" else "")
 
@@ -150,7 +171,12 @@ def surroundings(run: Run) -> list[tuple[str, str]]:
     """Versions, device, start."""
     summary = run.summary or {}
     versions = ", ".join(f"{name} {version}" for name, version in (summary.get("versions") or {}).items())
-    every = {"Versions": versions, "Device": summary.get("device"), "Started": summary.get("started"), "Folder": run.folder}
+    every = {
+        "Versions": versions,
+        "Device": summary.get("device"),
+        "Started": summary.get("started"),
+        "Folder": run.folder,
+    }
     return [(name, str(value)) for name, value in every.items() if value]
 
 

@@ -1,4 +1,4 @@
-"""Pictures of training images: their learned weights, the least of them, and what augmentation makes of them."""
+"""Pictures of training images: their weights, the least of them, and what augmentation makes of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_LOWEST = 24
 MAX_COLUMNS, MAX_DRAWS = 10, 4
 
 
-# ---- learned weights of training images -------------------------------------------------------------------------------
+# ---- learned weights of training images --------------------------------------------------------------------
 
 
 def has_weights(run: Run) -> bool:
@@ -31,7 +31,7 @@ def weights_of(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def area_under_curve(run: Run) -> float | None:
-    """How well low weights tell wrong labels from right ones: 1 is perfect, 0.5 is chance. None without both kinds."""
+    """How well low weights tell wrong labels from right ones: 1 is perfect, 0.5 chance. None without both."""
     weights, wrong = weights_of(run)
     return float(roc_auc_score(wrong, -weights)) if wrong.any() and not wrong.all() else None
 
@@ -42,10 +42,13 @@ def weights_sentences(run: Run) -> list[str]:
     low, area = weights < 0.5, area_under_curve(run)
     if not wrong.any():
         return [
-            f"Of {len(weights):,} training images, {low.sum():,} have a weight under 0.5. Which labels are wrong is not known."
+            f"Of {len(weights):,} training images, {low.sum():,} have "
+            "a weight under 0.5. Which labels are wrong is not known."
         ]
     told = (
-        "" if area is None else f" A right label outweighs a wrong one with a probability of {percent(area)} (AUC {area:.3f})."
+        ""
+        if area is None
+        else f" A right label outweighs a wrong one with a probability of {percent(area)} (AUC {area:.3f})."
     )
     return [
         f"Of {wrong.sum():,} wrong labels, {(low & wrong).sum():,} have a weight under 0.5; "
@@ -62,7 +65,16 @@ def draw_weights(run: Run) -> Picture:
     edges = bin_edges(np.clip([*weights, 0.0, 1.0], 0, 1), log=False)
     if wrong.any():
         left.hist(weights[~wrong], edges, color=BLUE, alpha=0.75, label="right labels")
-        left.hist(weights[wrong], edges, color=VERMILION, alpha=0.75, hatch="///", ec="white", lw=0.4, label="wrong labels")
+        left.hist(
+            weights[wrong],
+            edges,
+            color=VERMILION,
+            alpha=0.75,
+            hatch="///",
+            ec="white",
+            lw=0.4,
+            label="wrong labels",
+        )
         legend_below(figure, left)
     else:
         left.hist(weights, edges, color=BLUE, alpha=0.75)
@@ -104,12 +116,16 @@ def draw_lowest(run: Run) -> Picture | None:
         words, color = (("wrong", VERMILION) if wrong else ("right", GREEN)) if known else ("label", GREY)
         axes.set_title(f"{words}: {shorten(name, 11)}", fontsize=8.5)
         axes.set_xlabel(f"weight {float(lowest['weights'][place]):.3f}", fontsize=8)
-        axes.spines[:].set(visible=True, color=color, linewidth=2.5, linestyle="--" if known and not wrong else "-")
+        axes.spines[:].set(
+            visible=True, color=color, linewidth=2.5, linestyle="--" if known and not wrong else "-"
+        )
     frames = "; labels that are wrong have a solid frame, right ones a dashed one" if known else ""
-    return finish(figure, "lowest_weights", f"The {count} training images of least weight, with their labels{frames}.")
+    return finish(
+        figure, "lowest_weights", f"The {count} training images of least weight, with their labels{frames}."
+    )
 
 
-# ---- augmentation -----------------------------------------------------------------------------------------------------
+# ---- augmentation ------------------------------------------------------------------------------------------
 
 
 def draw_augmented(run: Run) -> Picture | None:
@@ -128,5 +144,7 @@ def draw_augmented(run: Run) -> Picture | None:
             draw_image(axes, image)
             axes.spines[:].set_visible(False)
         line[0].set_ylabel("original" if number == 0 else f"draw {number}", fontsize=9)
-    caption = "Training images (first row) and what the learned augmentation makes of them, each row drawn anew."
+    caption = (
+        "Training images (first row) and what the learned augmentation makes of them, each row drawn anew."
+    )
     return finish(figure, "augmentation", caption)

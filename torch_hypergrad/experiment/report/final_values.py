@@ -32,7 +32,9 @@ def values_of(run: Run, names: list[str], kind: str = "values") -> np.ndarray:
     """All the final values, or with ``kind="start"`` the first, of these tensors in one vector."""
     found = run.tuned.get(kind, {})
     return finite(
-        np.concatenate([np.zeros(0), *(found[name].double().numpy().reshape(-1) for name in names if name in found)])
+        np.concatenate(
+            [np.zeros(0), *(found[name].double().numpy().reshape(-1) for name in names if name in found)]
+        )
     )
 
 
@@ -46,7 +48,7 @@ def is_schedule(run: Run, name: str) -> bool:
     return bool(run.tune_of(name)["per"] == "step" and run.tuned["values"][name].dim() == 1)
 
 
-# ---- histograms -------------------------------------------------------------------------------------------------------
+# ---- histograms --------------------------------------------------------------------------------------------
 
 
 def draw_histograms(run: Run) -> Picture | None:
@@ -62,7 +64,8 @@ def draw_histograms(run: Run) -> Picture | None:
     legend_below(figure, *every)
     many = max(map(len, groups.values())) > 1
     caption = (
-        f"How the final values spread, {'tensors of a kind together' if many else 'tensor by tensor'}, and where they began."
+        "How the final values spread, "
+        f"{'tensors of a kind together' if many else 'tensor by tensor'}, and where they began."
     )
     return finish(figure, "histograms", caption + left_out(names, groups))
 
@@ -93,12 +96,14 @@ def bin_edges(values: np.ndarray, log: bool, count: int = 40) -> list[float]:
     return np.linspace(low - margin, high + margin, count + 1).tolist()
 
 
-# ---- layers -----------------------------------------------------------------------------------------------------------
+# ---- layers ------------------------------------------------------------------------------------------------
 
 
 def draw_layers(run: Run) -> list[Picture]:
     """For each setting that has values in several tensors, all of them in the order of the network."""
-    settings = by_setting(name for name in run.tuned.get("values", {}) if "/" in name and not is_schedule(run, name))
+    settings = by_setting(
+        name for name in run.tuned.get("values", {}) if "/" in name and not is_schedule(run, name)
+    )
     return [_draw_layers_of(run, setting, names) for setting, names in settings.items() if len(names) > 1]
 
 
@@ -107,9 +112,21 @@ def _draw_layers_of(run: Run, setting: str, names: list[str]) -> Picture:
     axes = figure.subplots()
     found = {name: quantiles(values_of(run, [name])) for name in names}
     for place, entry in enumerate(found.values()):
-        axes.plot([entry["q05"], entry["q95"]], [place] * 2, color=BLUE, alpha=0.4, lw=1.6, solid_capstyle="butt")
-        axes.plot([entry["q25"], entry["q75"]], [place] * 2, color=BLUE, alpha=0.6, lw=5, solid_capstyle="butt")
-    axes.plot([entry["median"] for entry in found.values()], range(len(names)), "o", color=BLUE, ms=5, mec="white", mew=0.7)
+        axes.plot(
+            [entry["q05"], entry["q95"]], [place] * 2, color=BLUE, alpha=0.4, lw=1.6, solid_capstyle="butt"
+        )
+        axes.plot(
+            [entry["q25"], entry["q75"]], [place] * 2, color=BLUE, alpha=0.6, lw=5, solid_capstyle="butt"
+        )
+    axes.plot(
+        [entry["median"] for entry in found.values()],
+        range(len(names)),
+        "o",
+        color=BLUE,
+        ms=5,
+        mec="white",
+        mew=0.7,
+    )
     start = values_of(run, names, "start")
     if len(start):
         axes.axvline(float(np.median(start)), color=VERMILION, ls="--", lw=1)
@@ -132,7 +149,7 @@ def _name_layers(axes: Axes, names: list[str]) -> None:
     axes.set_ylim(len(names) - 0.4, -0.6)
 
 
-# ---- schedules --------------------------------------------------------------------------------------------------------
+# ---- schedules ---------------------------------------------------------------------------------------------
 
 
 def draw_schedules(run: Run) -> Picture | None:
@@ -153,5 +170,7 @@ def draw_schedules(run: Run) -> Picture | None:
     legend_below(figure, *every)
     more = f"; {len(names) - 6} further ones are in tuned.pt" if len(names) > 6 else ""
     return finish(
-        figure, "schedules", f"The learned schedule over the training steps of an episode, and where it began{more}."
+        figure,
+        "schedules",
+        f"The learned schedule over the training steps of an episode, and where it began{more}.",
     )

@@ -48,7 +48,9 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
         ConfigError: no folder, or one that holds no run.
     """
     if not folders:
-        raise ConfigError("A report needs the folder of at least one run, got none. Pass one that holds config.yaml.")
+        raise ConfigError(
+            "A report needs the folder of at least one run, got none. Pass one that holds config.yaml."
+        )
     found: dict[str, list[Run]] = {}
     for run in map(read_run, folders):
         found.setdefault(_key(run), []).append(run)
@@ -64,7 +66,9 @@ def _key(run: Run) -> str:
     """The same for runs of one group."""
     if _in_row(run):
         return str(run.folder.resolve().parent)
-    return yaml.safe_dump({section: value for section, value in _settings(run).items() if section != "train.seed"})
+    return yaml.safe_dump(
+        {section: value for section, value in _settings(run).items() if section != "train.seed"}
+    )
 
 
 def _name(run: Run) -> str:
@@ -79,7 +83,7 @@ def _unique(name: str, run: Run, names: Sequence[str]) -> str:
     return f"{above.name}/{name}" if names.count(name) > 1 else name
 
 
-# ---- numbers ----------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -142,11 +146,11 @@ def rows_of_run(run: Run) -> list[list[str]]:
     return rows or [["test", DASH, DASH]]
 
 
-# ---- what was tuned, what differs -------------------------------------------------------------------------------------
+# ---- what was tuned, what differs --------------------------------------------------------------------------
 
 
 def tuned_in_brief(group: Group) -> str:
-    """The last values of each setting: a number, or the median and the 5 % to 95 % quantiles; the mean over the seeds."""
+    """The last values of each setting: a number, or median and 5 % to 95 % quantiles; means over seeds."""
     brief: dict[str, list[tuple[float, ...]]] = {}
     for run in group.runs:
         values: Mapping[str, Any] = run.hyper[-1].get("values", {}) if run.hyper else {}
@@ -156,7 +160,7 @@ def tuned_in_brief(group: Group) -> str:
 
 
 def _middle(values: Sequence[Any]) -> tuple[float, ...]:
-    """Low, median, high of all the tensors of a setting; the low and high ends are those of the outermost tensor."""
+    """Low, median, high of all the tensors of a setting; the ends are those of the outermost tensor."""
     if all(isinstance(value, Mapping) for value in values):
         middle = statistics.median(value["median"] for value in values)
         return min(value["q05"] for value in values), middle, max(value["q95"] for value in values)

@@ -12,7 +12,11 @@ from .read import Run, part_of, setting_of
 
 MAX_PANELS = 12
 QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
-_BY_DIMENSIONS = {2: "weights of linear layers", 3: "weights of 1-d convolutions", 4: "weights of convolutions"}
+_BY_DIMENSIONS = {
+    2: "weights of linear layers",
+    3: "weights of 1-d convolutions",
+    4: "weights of convolutions",
+}
 
 
 def by_setting(names: Iterable[str]) -> dict[str, list[str]]:
@@ -43,7 +47,7 @@ def _kind(part: str, shape: Any) -> str:
 
 
 def grouped(run: Run, names: list[str]) -> dict[str, list[str]]:
-    """Titles of panels, and the names that each shows: one for each name, or for each kind where they are too many."""
+    """Titles of panels, and the names that each shows: one each, or a kind where they are too many."""
     if len(names) <= MAX_PANELS:
         several = len(by_setting(names)) > 1
         whole = several or all(part_of(name).startswith("group") for name in names)

@@ -51,7 +51,9 @@ def _drawn(*pictures: Picture | None) -> list[Picture]:
 def _training(run: Run) -> Section:
     sentences = [] if run.evals else ["Nothing has been evaluated yet."]
     table = Table(("images", "accuracy (%)", "loss"), rows_of_run(run))
-    return Section("Training", sentences, _drawn(draw_curves(run)), [table] if run.evals or run.finished else [])
+    return Section(
+        "Training", sentences, _drawn(draw_curves(run)), [table] if run.evals or run.finished else []
+    )
 
 
 def _values(run: Run) -> Section | None:
@@ -62,14 +64,19 @@ def _values(run: Run) -> Section | None:
         return None
     folded = f"All {len(rows)} tuned tensors in numbers" if len(rows) > MAX_ROWS else ""
     return Section(
-        "Tuned values", settings_at_bounds(run), pictures, [Table(VALUE_HEADERS, rows, folded=folded)] if rows else []
+        "Tuned values",
+        settings_at_bounds(run),
+        pictures,
+        [Table(VALUE_HEADERS, rows, folded=folded)] if rows else [],
     )
 
 
 def _cleaning(run: Run) -> Section | None:
     if not has_weights(run):
         return None
-    return Section("Weights of the training images", weights_sentences(run), _drawn(draw_weights(run), draw_lowest(run)))
+    return Section(
+        "Weights of the training images", weights_sentences(run), _drawn(draw_weights(run), draw_lowest(run))
+    )
 
 
 def _augmentation(run: Run) -> Section | None:

@@ -40,13 +40,13 @@ def draw_over_time(run: Run) -> Picture | None:
 def _caption(run: Run, names: list[str], together: bool) -> str:
     if together:
         return (
-            f"The {len(names)} tuned tensors over training, grouped by kind: one line for each, the median of its values, "
-            "from the first layers (dark) to the last (bright)."
+            f"The {len(names)} tuned tensors over training, grouped by kind: one line for each, the median "
+            "of its values, from the first layers (dark) to the last (bright)."
         )
     if any(isinstance(value, Mapping) for value in run.hyper[-1]["values"].values()):
         return (
-            "Tuned values over training: the line is the median, the dark band holds the middle half of the values, the pale "
-            "one those between the 5 % and 95 % quantiles; dashed is the start."
+            "Tuned values over training: the line is the median, the dark band holds the middle half of the "
+            "values, the pale one those between the 5 % and 95 % quantiles; dashed is the start."
         )
     return "Each tuned value over training; dashed is the start."
 
@@ -84,11 +84,15 @@ def _draw_several(axes: Axes, run: Run, names: list[str]) -> None:
 
 
 def _depth_bar(figure: Figure, every: list[Axes]) -> None:
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), DEPTH), ax=every, ticks=[0, 1], shrink=0.6, aspect=30)
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, 1), DEPTH), ax=every, ticks=[0, 1], shrink=0.6, aspect=30
+    )
     bar.ax.set_yticklabels(["first", "last"])
     bar.set_label("place of the layer in the network")
 
 
 def _start(run: Run, name: str) -> float | None:
     start = run.tuned.get("start", {}).get(name)
-    return float(start.double().median()) if start is not None and start.numel() else run.tune_of(name)["init"]
+    return (
+        float(start.double().median()) if start is not None and start.numel() else run.tune_of(name)["init"]
+    )

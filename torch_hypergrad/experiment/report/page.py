@@ -14,7 +14,7 @@ from .style import Picture
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text, and how many columns from the left are words; the others are numbers, aligned on the right."""
+    """Cells of text, and how many columns from the left are words; the others are numbers, on the right."""
 
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]

@@ -14,7 +14,7 @@ from .style import Picture, finish, new_figure, number, shorten
 
 
 def draw_pixel_maps(run: Run) -> list[Picture]:
-    """For each setting tuned per element: the values of the first layer's weights over the pixels, or filter positions."""
+    """For each setting tuned per element: the first layer's values over pixels, or filter positions."""
     image = run.tuned.get("mean_image")
     if image is None:
         return []
@@ -44,8 +44,8 @@ def _draw_pixels(run: Run, name: str) -> Picture:
     how = "geometric mean" if log and values.min() > 0 else "mean"
     colors = " and colour channels" if len(image) > 1 else ""
     caption = (
-        f"Learned {setting_of(name).replace('_', ' ')} of {part_of(name)} over the pixels of the image ({how} over "
-        f"{len(values)} units{colors}), beside the mean image; white is where it began."
+        f"Learned {setting_of(name).replace('_', ' ')} of {part_of(name)} over the pixels of the image "
+        f"({how} over {len(values)} units{colors}), beside the mean image; white is where it began."
     )
     return finish(figure, f"pixels_{setting_of(name).replace('.', '_')}", caption)
 
@@ -63,8 +63,9 @@ def _draw_filter(run: Run, name: str) -> Picture:
             axes.text(column, row, number(float(value)), ha="center", va="center", fontsize=8, bbox=paper)
     how = "geometric mean" if log and values.min() > 0 else "mean"
     caption = (
-        f"Learned {setting_of(name).replace('_', ' ')} of {part_of(name)} at each position of its filters ({how} over "
-        f"{values.shape[0]} filters and {values.shape[1]} input channels); white is where it began."
+        f"Learned {setting_of(name).replace('_', ' ')} of {part_of(name)} at "
+        f"each position of its filters ({how} over {values.shape[0]} filters "
+        f"and {values.shape[1]} input channels); white is where it began."
     )
     return finish(figure, f"filter_{setting_of(name).replace('.', '_')}", caption)
 
@@ -79,7 +80,11 @@ def average(values: np.ndarray, axis: tuple[int, ...], log: bool) -> np.ndarray:
 def _draw_map(figure: Figure, axes: Axes, mean: np.ndarray, run: Run, name: str) -> None:
     start = run.tuned.get("start", {}).get(name)
     log = bool(run.tune_of(name)["log"])
-    center = float(average(start.double().numpy().reshape(-1), (0,), log)) if start is not None else float(np.median(mean))
+    center = (
+        float(average(start.double().numpy().reshape(-1), (0,), log))
+        if start is not None
+        else float(np.median(mean))
+    )
     reach = _reach(center, mean, log)
     norm = LogNorm(center / reach, center * reach) if reach else _linear(center, mean)
     shown = axes.imshow(mean, cmap="PuOr_r", norm=norm)
@@ -89,12 +94,14 @@ def _draw_map(figure: Figure, axes: Axes, mean: np.ndarray, run: Run, name: str)
     bar = figure.colorbar(shown, ax=axes)
     if reach:
         narrow = reach < 10
-        bar.ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5) if narrow else (1,)), minor_locator=NullLocator())
+        bar.ax.yaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 5) if narrow else (1,)), minor_locator=NullLocator()
+        )
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
 
 
 def _reach(center: float, values: np.ndarray, log: bool) -> float | None:
-    """The greatest factor between the start and a value, at least 2; None where a log scale cannot show them."""
+    """The greatest factor between the start and a value, at least 2; None if no log scale can show them."""
     if not log or center <= 0 or values.min() <= 0:
         return None
     return max(float(np.exp(np.abs(np.log(values / center)).max())), 2.0)

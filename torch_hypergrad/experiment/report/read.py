@@ -123,9 +123,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     remedy = "Pass the folder of a run, one that holds config.yaml and metrics.jsonl."
     if not path.is_file():
-        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) if folder.is_dir() else "no such folder"
+        found = (
+            ", ".join(sorted(entry.name for entry in folder.iterdir())[:5])
+            if folder.is_dir()
+            else "no such folder"
+        )
         raise ConfigError(
-            f"{folder}: expected the folder of a run with a config.yaml, got {found or 'an empty one'}. {remedy}"
+            f"{folder}: expected the folder of a run with a "
+            f"config.yaml, got {found or 'an empty one'}. {remedy}"
         )
     try:
         given = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
@@ -148,7 +153,7 @@ def _complete(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_metrics(path: Path) -> tuple[dict[str, list[Record]], int]:
-    """The records by kind, and the number of lines that are none. A resumed run may log a step twice: the last counts."""
+    """The records by kind, and the number of lines that are none. Of a step logged twice the last counts."""
     by_step: dict[str, dict[float, Record]] = {kind: {} for kind in KINDS}
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     unreadable = 0

@@ -24,7 +24,13 @@ MAX_COLUMNS = 8
 def page_of_runs(groups: Sequence[Group], out: Path) -> Page:
     """The page that compares groups of runs."""
     runs = [run for group in groups for run in group.runs]
-    sections = [_results(groups), _losses(groups), _tuned(groups), _differences(groups), _each_run(groups, out)]
+    sections = [
+        _results(groups),
+        _losses(groups),
+        _tuned(groups),
+        _differences(groups),
+        _each_run(groups, out),
+    ]
     return Page(
         title=f"{len(groups)} rows compared" if len(groups) > 1 else f"{groups[0].name}, {len(runs)} runs",
         subtitle=_subtitle(groups, runs),
@@ -33,7 +39,12 @@ def page_of_runs(groups: Sequence[Group], out: Path) -> Page:
         sections=[section for section in sections if section],
         warnings=_warnings(groups),
         configuration=yaml.safe_dump(runs[0].config, sort_keys=False),
-        commands=[("The keys below are those of the first run; what differs is in the table above.", str(runs[0].folder))],
+        commands=[
+            (
+                "The keys below are those of the first run; what differs is in the table above.",
+                str(runs[0].folder),
+            )
+        ],
     )
 
 
@@ -51,21 +62,30 @@ def _best(groups: Sequence[Group]) -> list[tuple[str, str]]:
         return []
     best = groups[max(means, key=lambda place: means[place])]
     loss = spread(best.numbers("test", "loss"), 3)
-    return [(f"{accuracy_of(best, 'test')} %", f"highest mean test accuracy: {best.name}"), (loss, "its test loss")]
+    return [
+        (f"{accuracy_of(best, 'test')} %", f"highest mean test accuracy: {best.name}"),
+        (loss, "its test loss"),
+    ]
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     data = dict.fromkeys(str(run.config["data"]["name"]) for run in runs)
     models = dict.fromkeys(str(run.config["model"]["module"] or run.config["model"]["name"]) for run in runs)
     total = sum(run.seconds or 0.0 for run in runs)
-    return [("Data", listing(data)), ("Model", listing(models)), ("Duration", f"{duration(total)} for all runs together")]
+    return [
+        ("Data", listing(data)),
+        ("Model", listing(models)),
+        ("Duration", f"{duration(total)} for all runs together"),
+    ]
 
 
 def _warnings(groups: Sequence[Group]) -> list[str]:
     """How many runs of which rows raise doubts; the table of runs tells which."""
     num_runs = {group.name: len(group.runs) for group in groups}
     doubtful = {group.name: sum(bool(doubts(run)) for run in group.runs) for group in groups}
-    named = [f"{quoted(name)} ({count} of {num_runs[name]} runs)" for name, count in doubtful.items() if count]
+    named = [
+        f"{quoted(name)} ({count} of {num_runs[name]} runs)" for name, count in doubtful.items() if count
+    ]
     return [f"The hypergradient is in doubt in {listing(named)}: see the table of all runs."] if named else []
 
 
@@ -75,11 +95,17 @@ def _results(groups: Sequence[Group]) -> Section:
     for group in groups:
         name, values, accuracy, loss, cost, seconds = row_of(group)
         finished = (
-            f"{len(group.finished)} of {len(group.runs)}" if len(group.finished) < len(group.runs) else str(len(group.runs))
+            f"{len(group.finished)} of {len(group.runs)}"
+            if len(group.finished) < len(group.runs)
+            else str(len(group.runs))
         )
-        rows.append([name, values, finished, accuracy, loss, spread(group.numbers("val", "loss"), 3), cost, seconds])
+        rows.append(
+            [name, values, finished, accuracy, loss, spread(group.numbers("val", "loss"), 3), cost, seconds]
+        )
     several = any(len(group.finished) > 1 for group in groups)
-    sentences = ["Means over the seeds ± sample standard deviation; cost and seconds are means."] if several else []
+    sentences = (
+        ["Means over the seeds ± sample standard deviation; cost and seconds are means."] if several else []
+    )
     picture = draw_results(groups)
     return Section("Results", sentences, [picture] if picture else [], [Table(headers, rows)])
 
@@ -91,7 +117,9 @@ def _losses(groups: Sequence[Group]) -> Section | None:
 
 def _tuned(groups: Sequence[Group]) -> Section:
     rows = [[group.name, _methods(group), tuned_in_brief(group)] for group in groups]
-    sentence = "At the end: the value, or the median of many with the range from their 5 % to their 95 % quantile."
+    sentence = (
+        "At the end: the value, or the median of many with the range from their 5 % to their 95 % quantile."
+    )
     return Section("What was tuned", [sentence], (), [Table(("row", "how", "values"), rows, num_words=3)])
 
 

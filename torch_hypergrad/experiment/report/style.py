@@ -1,4 +1,4 @@
-"""How pictures and numbers look: colours that colour-blind readers tell apart, scales, and finished pictures."""
+"""How pictures and numbers look: colours for the colour-blind too, scales, and finished pictures."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished picture: the stem of its file, what is seen on it in one sentence, and for whoever cannot see it."""
+    """A finished picture: the stem of its file, its caption, and words for whoever cannot see it."""
 
     name: str
     caption: str
@@ -164,7 +164,7 @@ def is_log(values: Any, log: bool) -> bool:
 
 
 def set_scale(axes: Axes, which: Literal["x", "y"], values: Any, log: bool) -> None:
-    """A log scale if asked for and the values allow it: linear around zero where some are zero, else linear."""
+    """A log scale if asked for and possible: linear around zero where some are zero, else linear."""
     found, axis = finite(values), axes.xaxis if which == "x" else axes.yaxis
     formatter: Formatter = FuncFormatter(lambda value, _: number(value))
     if is_log(found, log):
@@ -195,7 +195,9 @@ def legend_below(figure: Figure, *every: Axes) -> None:
     """One legend for all of these panels, where it hides nothing."""
     entries = {label: handle for axes in every for handle, label in zip(*axes.get_legend_handles_labels())}
     if entries:
-        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=min(len(entries), 4))
+        figure.legend(
+            list(entries.values()), list(entries), loc="outside lower center", ncols=min(len(entries), 4)
+        )
 
 
 def dots(points: Sized) -> str:
