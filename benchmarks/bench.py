@@ -1,9 +1,11 @@
 """Time and memory of hypergradients, ours beside peers' and the plain loop's.
 
-    python -m benchmarks.bench [--suite quick|targets|small|resnet18|grid|scaling ...] [--out docs/results/bench.md]
+    python -m benchmarks.bench [--suite quick|targets|small|resnet18|grid|scaling ...]
+                              [--out docs/results/bench.md]
 
-Prints a table for each case as soon as it is measured, and writes all as one page. Answers are cross-checked: a wrong one
-ends the run. ``--profile`` shows instead where the time of our training steps and hyper steps goes.
+Prints a table for each case as soon as it is measured, and writes all as one page. Answers are cross-checked:
+a wrong one ends the run. ``--profile`` shows instead where the time of our training steps
+and hyper steps goes.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from .suites import SUITES, blocks
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = list(dict.fromkeys(c.name for of_task in CONTESTANTS.values() for c in of_task))
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=["quick"])
     parser.add_argument("--repeats", type=int, default=3)
@@ -33,7 +37,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=CONTESTANTS, help="only cases of these tasks")
     parser.add_argument("--max-size", type=int, help="only cases with at most so many steps or terms")
     parser.add_argument("--contestants", nargs="+", choices=names, help="only these")
-    parser.add_argument("--time-limit", type=float, default=Limits.seconds, help="seconds for one measurement")
+    parser.add_argument(
+        "--time-limit", type=float, default=Limits.seconds, help="seconds for one measurement"
+    )
     parser.add_argument("--memory-limit", type=float, default=Limits.gigabytes, help="GB for one measurement")
     parser.add_argument("--threads", type=int, help="of torch, instead of its default")
     parser.add_argument("--profile", action="store_true", help="where our time goes, by part")
@@ -65,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     limits = Limits(options.time_limit, options.memory_limit, options.threads)
     run = Run(options.repeats, limits, tell, options.contestants)
-    command = shlex.join(["python", "-m", "benchmarks.bench", *(sys.argv[1:] if arguments is None else arguments)])
+    command = shlex.join(
+        ["python", "-m", "benchmarks.bench", *(sys.argv[1:] if arguments is None else arguments)]
+    )
     head = page.header(command, options.threads or torch.get_num_threads())
     cases = chosen_cases(options)
     if options.profile:

@@ -17,8 +17,8 @@ DECAY = 1e-3
 NEUMANN_DAMPING = 5.0  # enough that the series converges at the start of training
 NUM_DISTINCT_BATCHES = 50  # taken in turn, so that a long window needs no more data than a short one
 
-# Small steps, and an epsilon well above rounding, so that training is the same in whatever order numbers are added up, and
-# hypergradients can be compared.
+# Small steps, and an epsilon well above rounding, so that training is the same in whatever order numbers
+# are added up, and hypergradients can be compared.
 OPTIMIZERS: dict[str, partial[Any]] = {
     "sgd": partial(torch.optim.SGD, lr=0.003, momentum=0.9, foreach=True),
     "adam": partial(torch.optim.Adam, lr=3e-4, eps=1e-2, foreach=True),
@@ -30,8 +30,9 @@ class Case:
     """One table.
 
     Args:
-        task: ``unrolled``, a window of training steps and the hypergradient of the weight decay; ``implicit``, the same
-            hypergradient at the current weights with a Neumann series; ``steps``, training steps alone.
+        task: ``unrolled``, a window of training steps and the hypergradient of the weight decay;
+            ``implicit``, the same hypergradient at the current weights with a Neumann series;
+            ``steps``, training steps alone.
         model: a key of ``MODELS``.
         size: T, the number of training steps, or K, the number of terms.
         optimizer: a key of ``OPTIMIZERS``.
@@ -77,7 +78,9 @@ class Problem:
 
 
 def make_problem(case: Case, num_steps: int, dtype: torch.dtype = torch.float32) -> Problem:
-    distinct = [make_batch(case.model, seed, dtype) for seed in range(1, 1 + min(num_steps, NUM_DISTINCT_BATCHES))]
+    distinct = [
+        make_batch(case.model, seed, dtype) for seed in range(1, 1 + min(num_steps, NUM_DISTINCT_BATCHES))
+    ]
     batches = [distinct[t % len(distinct)] for t in range(num_steps)]
     return Problem(case, make_model(case.model, dtype), batches, make_batch(case.model, 1000, dtype))
 

@@ -30,7 +30,8 @@ class Contestant:
         name: in the table.
         what: in the legend.
         run: prepares, does the work under the meter, and returns the answer as a vector, if there is one.
-        tolerance: how far the answer may be from the others', as a part of the norm, before it counts as wrong.
+        tolerance: how far the answer may be from the others', as a part of the norm,
+            before it counts as wrong.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Contestant:
     tolerance: float = 2e-2
 
 
-# ---- ours -----------------------------------------------------------------------------------------------------------
+# ---- ours --------------------------------------------------------------------------------------------------
 
 
 def hyper_optimizer(problem: Problem, method: Method) -> HyperOptimizer:
@@ -86,7 +87,7 @@ def steps(problem: Problem, meter: Meter, method: Method) -> Tensor:
     return joined(problem.model.parameters()) - before
 
 
-# ---- the tables -----------------------------------------------------------------------------------------------------
+# ---- the tables --------------------------------------------------------------------------------------------
 
 
 def yardstick(name: str, run: Callable[[Problem, Meter], Tensor | None]) -> Contestant:
@@ -107,14 +108,18 @@ CONTESTANTS: dict[str, list[Contestant]] = {
         yardstick("floor", yardsticks.floor),
         Contestant("unrolled", "`Unrolled()`: every state is kept, every step is taken again", unrolled),
         Contestant("few snapshots", "`Unrolled(max_snapshots=2 * isqrt(T))`", few_snapshots),
-        Contestant("graphs", f"`Unrolled(max_graphs={MAX_GRAPHS})`", partial(unrolled, max_graphs=MAX_GRAPHS)),
+        Contestant(
+            "graphs", f"`Unrolled(max_graphs={MAX_GRAPHS})`", partial(unrolled, max_graphs=MAX_GRAPHS)
+        ),
         Contestant(
             "finite difference",
             '`Unrolled(second_order="finite_difference")`',
             partial(unrolled, second_order="finite_difference"),
             tolerance=0.2,  # not exact where gradients jump, as with ReLU: see docs/how_to_choose.md
         ),
-        Contestant("forward", '`Unrolled(second_order="forward")`', partial(unrolled, second_order="forward")),
+        Contestant(
+            "forward", '`Unrolled(second_order="forward")`', partial(unrolled, second_order="forward")
+        ),
         peer("higher", peers.higher_setting),
         peer("higher, penalty", peers.higher_penalty),
         peer("TorchOpt", peers.torchopt_setting),
@@ -128,9 +133,15 @@ CONTESTANTS: dict[str, list[Contestant]] = {
     "steps": [
         yardstick("plain", yardsticks.plain_steps),
         Contestant(
-            "implicit", "`hyper.step` with `Implicit`: nothing is recorded", partial(steps, method=Implicit(Neumann(10)))
+            "implicit",
+            "`hyper.step` with `Implicit`: nothing is recorded",
+            partial(steps, method=Implicit(Neumann(10))),
         ),
-        Contestant("unrolled", "`hyper.step` with `Unrolled()`: every state is recorded", partial(steps, method=Unrolled())),
+        Contestant(
+            "unrolled",
+            "`hyper.step` with `Unrolled()`: every state is recorded",
+            partial(steps, method=Unrolled()),
+        ),
     ],
 }
 
@@ -142,7 +153,8 @@ REFERENCES: dict[str, Callable[[Problem], float]] = {
 
 
 def contestants_of(case: Case) -> list[Contestant]:
-    """Those that take part. A penalty per group is left to the peer that needs it: higher's own way is faster."""
+    """Those that take part. A penalty per group is left to the peer that needs it:
+    higher's own way is faster."""
     present = [c for c in CONTESTANTS[case.task] if case.only is None or c.name in case.only]
     # With ReLU, differences are too far off there to be held to anything.
     if case.optimizer != "sgd" or case.size >= 1000 or case.model == "resnet18":

@@ -1,10 +1,12 @@
 """What torch_hypergrad costs on a CUDA device, as one table in less than 8 minutes.
 
     python benchmarks/cuda.py [--out docs/results/cuda.md]
-    python benchmarks/cuda.py --device cpu --tiny      # the same code on small problems: no figures, only that it runs
+    python benchmarks/cuda.py --device cpu --tiny
+        # the same code on small problems: no figures, only that it runs
 
-Times are medians of ``--repeats`` runs between two synchronizations, after one to warm up; contestants take turns. Memory
-is the peak that torch had allocated, model and batches included. Batches are random, and lie on the device.
+Times are medians of ``--repeats`` runs between two synchronizations, after one to warm up;
+contestants take turns. Memory is the peak that torch had allocated, model and batches included.
+Batches are random, and lie on the device.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from torch_hypergrad import HyperOptimizer, Hyperparameter, Implicit, Neumann, Unrolled
-from torch_hypergrad.capture import NUM_WARM_UPS
+from torch_hypergrad.device.capture import NUM_WARM_UPS
 from torch_hypergrad.experiment.models import CNN, resnet18
 
 Batch = tuple[Tensor, Tensor]
@@ -54,7 +56,12 @@ class Row:
 
     def cells(self) -> list[str]:
         verdict = {True: "yes", False: "no", None: ""}[None if math.isnan(self.value) else self.reached]
-        return [self.what, "-" if math.isnan(self.value) else f"{self.value:.3g} {self.unit}".rstrip(), self.target, verdict]
+        return [
+            self.what,
+            "-" if math.isnan(self.value) else f"{self.value:.3g} {self.unit}".rstrip(),
+            self.target,
+            verdict,
+        ]
 
 
 def at_most(what: str, value: float, limit: float, unit: str = "") -> Row:
@@ -65,7 +72,7 @@ def at_least(what: str, value: float, limit: float, unit: str = "") -> Row:
     return Row(what, value, unit, f"at least {limit:g}", value >= limit)
 
 
-# ---- measuring --------------------------------------------------------------------------------------------------------
+# ---- measuring ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ class Bench:
         return float(sum(event.device_type == on_device for event in profile.events()))
 
 
-# ---- problems ---------------------------------------------------------------------------------------------------------
+# ---- problems ----------------------------------------------------------------------------------------------
 
 
 def mnist_cnn() -> nn.Module:
@@ -179,7 +186,9 @@ def batches_of(bench: Bench, num: int, shape: Sequence[int]) -> list[Batch]:
     return [(a.to(bench.device), b.to(bench.device)) for a, b in zip(x, y)]
 
 
-def made(bench: Bench, model: Callable[[], nn.Module], tune: Hyperparameter, method: Any, **options: Any) -> HyperOptimizer:
+def made(
+    bench: Bench, model: Callable[[], nn.Module], tune: Hyperparameter, method: Any, **options: Any
+) -> HyperOptimizer:
     torch.manual_seed(0)
     network = model().to(bench.device)
     return HyperOptimizer(network, SGD(network.parameters()), loss_of, [tune], method, FROZEN, **options)
@@ -206,7 +215,7 @@ def each(step: Callable[[Batch], Any], batches: Sequence[Batch]) -> None:
         step(batch)
 
 
-# ---- the figures ------------------------------------------------------------------------------------------------------
+# ---- the figures -------------------------------------------------------------------------------------------
 
 
 def run_ours(hyper: HyperOptimizer, batches: Sequence[Batch]) -> float:
@@ -251,11 +260,14 @@ def unrolled_mnist(bench: Bench) -> Iterator[Row]:
         yield Row(f"MNIST CNN, unrolled T = {num_steps}, {name}", found, "s")
         yield Row(f"the same, peak memory, {name}", bench.megabytes(contestants[name]), "MB")
     if "higher" in seconds:
-        yield at_least("higher's time over ours", seconds["higher"] / min(seconds["eager"], seconds["captured"]), 10)
+        yield at_least(
+            "higher's time over ours", seconds["higher"] / min(seconds["eager"], seconds["captured"]), 10
+        )
 
 
 def implicit_resnet(bench: Bench) -> Iterator[Row]:
-    """Damping and scale are such that the series converges on random labels: the time does not depend on them."""
+    """Damping and scale are such that the series converges on random labels:
+    the time does not depend on them."""
     num_steps = bench.size(100, 3)
     batches = batches_of(bench, 8, (128, 3, 32, 32) if not bench.tiny else (4, 3, 8, 8))
     model: Callable[[], nn.Module] = partial(CNN if bench.tiny else resnet18, batches[0][0].shape[1:], 10)
@@ -289,12 +301,18 @@ def transformer_memory(bench: Bench) -> Iterator[Row]:
         peaks[way] = bench.megabytes(partial(run_ours, hyper, batches))
         yield Row(f"2-layer transformer, unrolled T = 3, {way}, peak memory", peaks[way], "MB")
         del hyper
-    yield at_most("forward over reverse, memory over reverse over reverse", peaks["forward"] / peaks["reverse"], 1)
+    yield at_most(
+        "forward over reverse, memory over reverse over reverse", peaks["forward"] / peaks["reverse"], 1
+    )
 
 
 def one_step(bench: Bench) -> Iterator[Row]:
     batches = batches_of(bench, bench.size(50, 2), (bench.size(128, 4), 1, 28, 28))
-    options = {"group": (DECAY, {}), "element": (DECAYS, {}), "group, captured": (DECAY, {"capture": bench.cuda})}
+    options = {
+        "group": (DECAY, {}),
+        "element": (DECAYS, {}),
+        "group, captured": (DECAY, {"capture": bench.cuda}),
+    }
     hypers = {n: made(bench, mnist_cnn, t, Unrolled(truncation=1), **o) for n, (t, o) in options.items()}
     steps: dict[str, Callable[[Batch], Any]] = {"plain": plain(bench, mnist_cnn)}
     steps |= {f"per {name}": hyper.step for name, hyper in hypers.items()}
@@ -330,8 +348,14 @@ def synchronizations(bench: Bench) -> Iterator[Row]:
         hyper = made(bench, mnist_cnn, DECAYS, method)
         each(hyper.step, batches)
         hyper.hyper_step(batches[0])
-        yield at_most(f"waits for the device in a step, {name}", bench.waits(partial(hyper.step, batches[0])), 0)
-        yield at_most(f"waits for the device in a hyper step, {name}", bench.waits(partial(hyper.hyper_step, batches[1])), 1)
+        yield at_most(
+            f"waits for the device in a step, {name}", bench.waits(partial(hyper.step, batches[0])), 0
+        )
+        yield at_most(
+            f"waits for the device in a hyper step, {name}",
+            bench.waits(partial(hyper.hyper_step, batches[1])),
+            1,
+        )
 
 
 def offload(bench: Bench) -> Iterator[Row]:
@@ -341,12 +365,24 @@ def offload(bench: Bench) -> Iterator[Row]:
     hypers = {place: made(bench, model, DECAY, Unrolled(offload=place)) for place in (None, "cpu")}
     runs = {str(place): partial(run_ours, hyper, batches) for place, hyper in hypers.items()}
     seconds = bench.medians(runs)
-    yield Row("wide MLP, unrolled T = 40, snapshots moved away: time over kept", seconds["cpu"] / seconds["None"], "")
+    yield Row(
+        "wide MLP, unrolled T = 40, snapshots moved away: time over kept",
+        seconds["cpu"] / seconds["None"],
+        "",
+    )
     for place, run in runs.items():
         yield Row(f"the same, offload={place}, peak memory", bench.megabytes(run), "MB")
 
 
-FIGURES = [unrolled_mnist, implicit_resnet, transformer_memory, one_step, implicit_mnist, synchronizations, offload]
+FIGURES = [
+    unrolled_mnist,
+    implicit_resnet,
+    transformer_memory,
+    one_step,
+    implicit_mnist,
+    synchronizations,
+    offload,
+]
 
 
 def report(bench: Bench, rows: Sequence[Row], seconds: float) -> str:
@@ -354,13 +390,15 @@ def report(bench: Bench, rows: Sequence[Row], seconds: float) -> str:
     name = torch.cuda.get_device_name(bench.device) if bench.cuda else "CPU"
     table = tabulate([row.cells() for row in rows], ["", "measured", "target", "reached"], tablefmt="github")
     return (
-        f"# On a CUDA device\n\nMeasured on {datetime.date.today()}: {name}, torch {torch.__version__}, medians of "
-        f"{bench.repeats}, {seconds:.0f} s in all.\n\n`python {' '.join(sys.argv)}`\n\n{table}\n"
+        f"# On a CUDA device\n\nMeasured on {datetime.date.today()}: {name}, torch {torch.__version__}, "
+        f"medians of {bench.repeats}, {seconds:.0f} s in all.\n\n`python {' '.join(sys.argv)}`\n\n{table}\n"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small problems, to see that everything runs")
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,6 +1,7 @@
 """One measurement in one process: seconds, growth of peak memory, and the answer.
 
-Processes are forked from a server that has imported torch and computed nothing, so that each starts clean and at once.
+Processes are forked from a server that has imported torch and computed nothing,
+so that each starts clean and at once.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
-# ---- processes ------------------------------------------------------------------------------------------------------
+# ---- processes ---------------------------------------------------------------------------------------------
 
 
 def in_own_process(work: Callable[..., Outcome], *args: Any, limits: Limits) -> Outcome:

@@ -38,11 +38,13 @@ def header(command: str, threads: int) -> str:
 def how_to_read(repeats: int, limits: Limits) -> str:
     """What the columns of :func:`section` are."""
     return (
-        f"Every measurement is a process of its own, after a warm-up; contestants take turns. `s` is the median of {repeats}, "
-        "each of the second window in its process, as in training with many hyper steps; `MB` is by how much peak memory "
-        "grew in the first, a median too. Ratios are against the faster peer's time "
-        "and the leaner peer's memory. `off by` is the largest difference found from the other answers and from a reference "
-        f"in float64, as a part of the norm. A measurement may take {limits.seconds:.0f} s and {limits.gigabytes:.0f} GB.\n"
+        "Every measurement is a process of its own, after a warm-up; contestants take turns. "
+        f"`s` is the median of {repeats}, each of the second window in its process, as in training with "
+        "many hyper steps; `MB` is by how much peak memory grew in the first, a median too. "
+        "Ratios are against the faster peer's time and the leaner peer's memory. "
+        "`off by` is the largest difference found from the other answers and from a reference in float64, "
+        "as a part of the norm. "
+        f"A measurement may take {limits.seconds:.0f} s and {limits.gigabytes:.0f} GB.\n"
     )
 
 
@@ -90,7 +92,7 @@ def ratio(value: float, other: float | None) -> str:
     return "" if not other else f"{value / other:.2f}"
 
 
-# ---- targets --------------------------------------------------------------------------------------------------------
+# ---- targets -----------------------------------------------------------------------------------------------
 
 
 def targets(tables: list[Table]) -> str:
@@ -115,8 +117,16 @@ def _verdict(target: Target, tables: dict) -> list[str]:
     cells = [target.case.title, target.contestant, target.quantity, against, f"{target.limit:g}"]
     if found is None:
         ran = row is not None and row.measured
-        return [*cells, "no peer" if ran else "not run" if row is None else short(row.mark) or "not run", "no"]
-    return [*cells, f"{found:.2g}" if found < 0.1 else f"{found:.2f}", "yes" if found <= target.limit else "no"]
+        return [
+            *cells,
+            "no peer" if ran else "not run" if row is None else short(row.mark) or "not run",
+            "no",
+        ]
+    return [
+        *cells,
+        f"{found:.2g}" if found < 0.1 else f"{found:.2f}",
+        "yes" if found <= target.limit else "no",
+    ]
 
 
 def measured(target: Target, tables: dict) -> float | None:
@@ -139,7 +149,9 @@ def _other(target: Target, table: Table, tables: dict) -> float | None:
     if name == "best peer":
         return table.best_peer(target.quantity)
     if name == "per group":
-        matches = [t for case, t in tables.items() if case.per == "group" and case.title == _per_group(target)]
+        matches = [
+            t for case, t in tables.items() if case.per == "group" and case.title == _per_group(target)
+        ]
         if not matches:
             return None
         table, name = matches[0], target.contestant
@@ -151,7 +163,7 @@ def _per_group(target: Target) -> str:
     return target.case.title.replace("per element", "per group")
 
 
-# ---- the rest -------------------------------------------------------------------------------------------------------
+# ---- the rest ----------------------------------------------------------------------------------------------
 
 
 def legend(tables: list[Table]) -> str:

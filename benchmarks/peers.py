@@ -1,8 +1,9 @@
 """The peers, each in the way its documentation shows.
 
-The common task is the hypergradient of weight decay. Where a peer cannot take a weight decay as a tensor in its optimizer,
-the same decay stands in the loss as a penalty, ``0.5 * decay * p ** 2``, whose gradient is the decay's: same training, same
-hypergradient. Both ways are tried, and what a way cannot do is reported with the peer's own error.
+The common task is the hypergradient of weight decay. Where a peer cannot take a weight decay
+as a tensor in its optimizer, the same decay stands in the loss as a penalty, ``0.5 * decay * p ** 2``,
+whose gradient is the decay's: same training, same hypergradient. Both ways are tried, and what a way cannot
+do is reported with the peer's own error.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from .yardsticks import TWICE_DIFFERENTIABLE
 
 
 def higher_overrides(problem: Problem) -> Iterator[dict[str, list[float]] | None]:
-    """What makes higher's Adam that of torch: it adds epsilon before the bias correction, as torch once did."""
+    """What makes higher's Adam that of torch:
+    it adds epsilon before the bias correction, as torch once did."""
     settings = OPTIMIZERS[problem.case.optimizer].keywords
     for number in range(1, problem.num_steps + 1):
         yield {"eps": [settings["eps"] * math.sqrt(1 - 0.999**number)]} if "eps" in settings else None

@@ -28,7 +28,8 @@ AXES: dict[str, tuple[str, Callable[[Table], int]]] = {
 
 
 def draw(tables: list[Table], page: Path) -> list[str]:
-    """One picture beside the page for each axis along which at least three cases differ; Markdown that shows them."""
+    """One picture beside the page for each axis along which at least three cases differ;
+    Markdown that shows them."""
     shown = []
     for name, (label, position) in AXES.items():
         chosen = series(tables, name)
@@ -57,10 +58,14 @@ def _picture(tables: list[Table], label: str, position: Callable[[Table], int], 
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     names = dict.fromkeys(name for table in tables for name in table.rows)
-    for panel, quantity, unit, scale in zip(panels, ("time", "memory"), ("seconds", "MB of growth"), (1.0, 1e6)):
+    for panel, quantity, unit, scale in zip(
+        panels, ("time", "memory"), ("seconds", "MB of growth"), (1.0, 1e6)
+    ):
         for name in names:
             rows = [(position(t), t.rows[name]) for t in tables if name in t.rows and t.rows[name].measured]
-            points = sorted((x, max(row.median(quantity) / scale, 0.1 if quantity == "memory" else 0)) for x, row in rows)
+            points = sorted(
+                (x, max(row.median(quantity) / scale, 0.1 if quantity == "memory" else 0)) for x, row in rows
+            )
             if points:
                 panel.plot(*zip(*points), marker="o", label=name)
         panel.set(xscale="log", yscale="log", xlabel=label, ylabel=unit)

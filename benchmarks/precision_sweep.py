@@ -1,7 +1,8 @@
-"""Training and the sweep written out once more, for many runs at once and with a dtype for each part. See precision.py.
+"""Training and the sweep written out once more, for many runs at once and with a dtype
+for each part. See precision.py.
 
-A run is a row: parameters, state and settings have the shapes (rows, parameters) or (rows, 1). The update rules are the
-library's own, which are elementwise; `check_against_library` holds the rest against it.
+A run is a row: parameters, state and settings have the shapes (rows, parameters) or (rows, 1). The update
+rules are the library's own, which are elementwise; `check_against_library` holds the rest against it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from torch_hypergrad import HyperOptimizer, Hyperparameter, Unrolled, register_update
-from torch_hypergrad.autodiff import gradients, leaf, sqrt
+from torch_hypergrad.ground.autodiff import gradients, leaf, sqrt
 from torch_hypergrad.updates import UpdateRule, rule_of
 from torch_hypergrad.updates.adam import TUNABLE, decay, moments
 
@@ -36,7 +37,9 @@ class AdamRoot(torch.optim.Adam):
 
 
 @register_update(AdamRoot, TUNABLE)
-def adam_root(param: Tensor, grad: Tensor, state: dict[str, Any], settings: Mapping[str, Any]) -> tuple[Tensor, dict]:
+def adam_root(
+    param: Tensor, grad: Tensor, state: dict[str, Any], settings: Mapping[str, Any]
+) -> tuple[Tensor, dict]:
     param, grad = decay(param, grad, settings)
     step, exp_avg, exp_avg_sq = moments(grad, state, settings)
     beta1, beta2 = settings["betas"]
@@ -52,7 +55,8 @@ class Problem:
     Args:
         model: only its architecture counts.
         starts: shape (rows, parameters).
-        x, y: training data; ``picks`` are the numbers of the examples in each batch, of shape (steps, rows, batch size).
+        x, y: training data; ``picks`` are the numbers of the examples in each batch,
+            of shape (steps, rows, batch size).
         val: validation data.
     """
 
@@ -63,7 +67,9 @@ class Problem:
     picks: Tensor
     val: tuple[Tensor, Tensor]
 
-    def losses(self, params: Tensor, x: Tensor, y: Tensor, dims: tuple[int | None, ...] = (0, 0, 0)) -> Tensor:
+    def losses(
+        self, params: Tensor, x: Tensor, y: Tensor, dims: tuple[int | None, ...] = (0, 0, 0)
+    ) -> Tensor:
         """The loss of each row, in the dtype of ``params``."""
         return vmap(self._loss, in_dims=dims)(params, x.to(params.dtype), y)
 
@@ -103,10 +109,15 @@ class State:
     rule_state: dict[str, Any]
 
     def to(self, dtype: torch.dtype) -> State:
-        return State(self.params.to(dtype), {k: v.to(dtype) if torch.is_tensor(v) else v for k, v in self.rule_state.items()})
+        return State(
+            self.params.to(dtype),
+            {k: v.to(dtype) if torch.is_tensor(v) else v for k, v in self.rule_state.items()},
+        )
 
 
-def train(problem: Problem, optimizer: Optimizer, dtype: torch.dtype, keep: Sequence[int] | None = None) -> list[State]:
+def train(
+    problem: Problem, optimizer: Optimizer, dtype: torch.dtype, keep: Sequence[int] | None = None
+) -> list[State]:
     """The states before each step and after the last, or only those after ``keep`` steps and the last."""
     update, settings = optimizer.rule().update, optimizer.settings(dtype)
     state, states = State(problem.starts.to(dtype), {}), []
@@ -137,9 +148,12 @@ class Sweep:
     truncated: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def sweep(problem: Problem, optimizer: Optimizer, states: list[State], network: torch.dtype, update: torch.dtype) -> Sweep:
-    """Back through ``states``, with losses and Hessian-vector products in the dtype ``network``, and update rule, adjoints
-    and sums in the dtype ``update``. With float64 for both: the exact derivative along these states."""
+def sweep(
+    problem: Problem, optimizer: Optimizer, states: list[State], network: torch.dtype, update: torch.dtype
+) -> Sweep:
+    """Back through ``states``, with losses and Hessian-vector products in the dtype ``network``, and update
+    rule, adjoints and sums in the dtype ``update``. With float64 for both: the exact derivative along
+    these states."""
     rule, settings = optimizer.rule(), optimizer.settings(update)
     params = leaf(states[-1].params.to(network))
     adj_param = gradients([problem.val_losses(params).sum()], [params])[0].to(update)
@@ -166,7 +180,12 @@ def sweep(problem: Problem, optimizer: Optimizer, states: list[State], network: 
 
 
 def through_update(
-    rule: UpdateRule, settings: dict, state: State, grad: Tensor, adj_param: Tensor, adj_state: dict[str, Tensor]
+    rule: UpdateRule,
+    settings: dict,
+    state: State,
+    grad: Tensor,
+    adj_param: Tensor,
+    adj_state: dict[str, Tensor],
 ) -> tuple[list[Any], list[str]]:
     """Adjoints of parameters, gradient, tuned settings and state; and the names of the state's."""
     param, grad = leaf(state.params), leaf(grad)
@@ -174,7 +193,10 @@ def through_update(
     tuned = {name: leaf(settings[name]) for name in TUNED}
     with torch.enable_grad():
         new_param, new_state = rule.update(param, grad, {**state.rule_state, **held}, {**settings, **tuned})
-    outputs, inputs = [new_param, *(new_state[k] for k in adj_state)], [param, grad, *tuned.values(), *held.values()]
+    outputs, inputs = (
+        [new_param, *(new_state[k] for k in adj_state)],
+        [param, grad, *tuned.values(), *held.values()],
+    )
     return gradients(outputs, inputs, [adj_param, *adj_state.values()]), list(held)
 
 
@@ -191,14 +213,20 @@ def sizes(adj_param: Tensor, adj_state: dict[str, Tensor], state: State) -> dict
 
 
 def check_against_library(problem: Problem, optimizer: Optimizer, row: int = 0) -> None:
-    """The sweep above is the library's, to nine digits in float64: else the study would be about something else."""
+    """The sweep above is the library's, to nine digits in float64:
+    else the study would be about something else."""
     model = copy.deepcopy(problem.model).double()
     nn.utils.vector_to_parameters(problem.starts[row].double(), model.parameters())
     options = {**optimizer.options, **{k: v[row].float().item() for k, v in optimizer.rows.items()}}
     wrapped = optimizer.make(model.parameters(), **options)
     tune, frozen = [Hyperparameter(name) for name in TUNED], partial(torch.optim.SGD, lr=0.0)
     hyper = HyperOptimizer(
-        model, wrapped, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), tune, Unrolled(), frozen
+        model,
+        wrapped,
+        lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+        tune,
+        Unrolled(),
+        frozen,
     )
     for picks in problem.picks:
         hyper.step((problem.x[picks[row]].double(), problem.y[picks[row]]))

@@ -77,8 +77,30 @@ def errors_table(rows: Sequence[Row]) -> str:
             both = [row for row in chosen if (row["lr"], row["T"]) == (lr, t)]
             worst = [max(map(error, both)) for error in (total, of_trajectory, of_sweep)]
             slope = next(row["slope"] / row["exact"] for row in both if row["tuned"] == "lr")
-            lines.append([problem, name, f"{lr:g}", t, f"{both[0]['loss']:.2f}", *worst, growth(both[0]), f"{slope:.1e}"])
-    head = ["", "optimizer", "lr", "T", "val. loss", "error", "of trajectory", "of sweep", "growth", "slope / derivative"]
+            lines.append(
+                [
+                    problem,
+                    name,
+                    f"{lr:g}",
+                    t,
+                    f"{both[0]['loss']:.2f}",
+                    *worst,
+                    growth(both[0]),
+                    f"{slope:.1e}",
+                ]
+            )
+    head = [
+        "",
+        "optimizer",
+        "lr",
+        "T",
+        "val. loss",
+        "error",
+        "of trajectory",
+        "of sweep",
+        "growth",
+        "slope / derivative",
+    ]
     return table(head, lines)
 
 
@@ -111,7 +133,9 @@ def rules_table(rows: Sequence[Row]) -> str:
     """Each predictor with the threshold, among half powers of ten, that gives the fewest wrong verdicts."""
     lines: list[list[object]] = []
     for name, predict in predictors().items():
-        best = min((10 ** (k / 2) for k in range(-12, 3)), key=lambda x: (sum(verdicts(rows, predict, x, total)), -x))
+        best = min(
+            (10 ** (k / 2) for k in range(-12, 3)), key=lambda x: (sum(verdicts(rows, predict, x, total)), -x)
+        )
         finite = [(predict(row), total(row)) for row in rows if max(predict(row), total(row)) < math.inf]
         ranks = statistics.correlation(*(ranked(values) for values in zip(*finite)))
         lines.append([name, best, *verdicts(rows, predict, best, total), f"{ranks:.2f}"])
@@ -119,7 +143,8 @@ def rules_table(rows: Sequence[Row]) -> str:
 
 
 def thresholds_table(rows: Sequence[Row]) -> str:
-    """Misses and false alarms of the rule that was chosen, by threshold, over all and without those at the edge."""
+    """Misses and false alarms of the rule that was chosen, by threshold,
+    over all and without those at the edge."""
     predict = predictors()["growth of params"]
     usual = [row for row in rows if "edge" not in row["problem"]]
     lines = []
@@ -132,28 +157,50 @@ def thresholds_table(rows: Sequence[Row]) -> str:
 
 
 def usefulness_table(rows: Sequence[Row]) -> str:
-    """By growth, how many hypergradients with respect to lr say what happens when lr changes by one per cent."""
+    """By growth, how many hypergradients with respect to lr say what happens
+    when lr changes by one per cent."""
     lines: list[list[object]] = []
     for low, high in ((1.0, 10.0), (10.0, 100.0), (100.0, 1e3), (1e3, 1e4), (1e4, math.inf)):
         chosen = [
-            row for row in rows if row["tuned"] == "lr" and low <= growth(row) and (growth(row) < high or high == math.inf)
+            row
+            for row in rows
+            if row["tuned"] == "lr" and low <= growth(row) and (growth(row) < high or high == math.inf)
         ]
         slopes = [row["slope"] / row["exact"] for row in chosen]
         sign, within = sum(s > 0 for s in slopes), sum(0.5 <= s <= 2 for s in slopes)
         right = sum(total(row) <= WRONG for row in chosen)
         lines.append([f"{low:g} to {high:g}", len(chosen), right, sign, within])
-    return table(["growth", "hypergradients", "float32 within 10 %", "sign of the slope", "half to twice the slope"], lines)
+    return table(
+        ["growth", "hypergradients", "float32 within 10 %", "sign of the slope", "half to twice the slope"],
+        lines,
+    )
 
 
 def remedies_table(rows: Sequence[Row]) -> str:
-    """Error of the sweep with products in float32 and all else in float64; truncation's error and its bias."""
+    """Error of the sweep with products in float32 and all else in float64;
+    truncation's error and its bias."""
     lines = []
     for row in rows:
         if row["optimizer"] == "Adam" and row["T"] == 1000 and row["seed"] == rows[0]["seed"]:
             short = [row["truncated"].get(k) or row["truncated"].get(str(k)) for k in (10, 100)]
-            cut = [x for pair in short for x in ((off(*pair), off(pair[1], row["exact"])) if pair else ("-", "-"))]
+            cut = [
+                x
+                for pair in short
+                for x in ((off(*pair), off(pair[1], row["exact"])) if pair else ("-", "-"))
+            ]
             mixed = off(row["mixed"], row["same"])
-            lines.append([row["problem"], setup(row), f"{row['lr']:g}", row["tuned"], total(row), of_sweep(row), mixed, *cut])
+            lines.append(
+                [
+                    row["problem"],
+                    setup(row),
+                    f"{row['lr']:g}",
+                    row["tuned"],
+                    total(row),
+                    of_sweep(row),
+                    mixed,
+                    *cut,
+                ]
+            )
     head = ["", "optimizer", "lr", "by", "error", "of sweep", "of mixed sweep"]
     return table([*head, "error, last 10", "bias, last 10", "error, last 100", "bias, last 100"], lines)
 
@@ -212,12 +259,22 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             chosen = [row for row in rows if setup(row) == name and first <= row["T"] < 10 * first]
             style = {"color": f"C{number}", "marker": marker, "linestyle": "", "markersize": 5, "alpha": 0.7}
             label = name if marker == "s" else None
-            left.plot([growth(r) * ROUNDING for r in chosen], [total(r) for r in chosen], label=label, **style)
+            left.plot(
+                [growth(r) * ROUNDING for r in chosen], [total(r) for r in chosen], label=label, **style
+            )
             right.plot([of_sweep(r) for r in chosen], [of_trajectory(r) for r in chosen], **style)
     left.axhline(WRONG, color="black", linewidth=0.8)
     left.axvline(THRESHOLD, color="black", linewidth=0.8, linestyle="--")
-    left.set(xlabel="adjoint growth x epsilon of float32", ylabel="relative error", title="Growth foretells the error")
-    right.set(xlabel="error of the sweep alone", ylabel="error through the trajectory alone", title="Where it comes from")
+    left.set(
+        xlabel="adjoint growth x epsilon of float32",
+        ylabel="relative error",
+        title="Growth foretells the error",
+    )
+    right.set(
+        xlabel="error of the sweep alone",
+        ylabel="error through the trajectory alone",
+        title="Where it comes from",
+    )
     right.axline((1e-6, 1e-6), (1e-2, 1e-2), color="black", linewidth=0.8)
     for axes in (left, right):
         axes.set(xscale="log", yscale="log")

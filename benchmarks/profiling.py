@@ -17,16 +17,17 @@ PHASES = {
     "torch_hypergrad.hyper_optimizer:HyperOptimizer.hypergradient": "hyper step",
 }
 PARTS = {
-    "torch_hypergrad.training:Training.gradients": "forward and gradient",
-    "torch_hypergrad.hyper_optimizer:HyperOptimizer._validation": "forward and gradient",
-    "torch_hypergrad.training:Training.advance": "update rule",
-    "torch_hypergrad.methods.unrolled:UnrolledRecording._through_updates": "update rule",
-    "torch_hypergrad.training:Training.capture": "copies",
-    "torch_hypergrad.training:Training.traced_update": "update rule",
-    "torch_hypergrad.training:Training.write": "copies",
-    "torch_hypergrad.buckets:Bucket.gather": "copies",
+    "torch_hypergrad.step.gradient:GradientStage.evaluate": "forward and gradient",
+    "torch_hypergrad.step.validation:Objective.at": "forward and gradient",
+    "torch_hypergrad.step.update:UpdateStage.apply": "update rule",
+    "torch_hypergrad.step.update:UpdateStage.pull": "update rule",
+    "torch_hypergrad.step.live:Live.state": "copies",
+    "torch_hypergrad.step.live:Live.write": "copies",
+    "torch_hypergrad.ground.buckets:Bucket.gather": "copies",
 }
-OUTSIDE_PARTS = {"torch_hypergrad.autodiff:gradients": "double backward"}  # counts where no part is at work
+OUTSIDE_PARTS = {
+    "torch_hypergrad.ground.autodiff:gradients": "double backward"
+}  # counts where no part is at work
 REST = "rest"
 NAMES = ["forward and gradient", "update rule", "double backward", "copies", REST]
 

@@ -14,8 +14,8 @@ from .measure import OUT_OF_MEMORY, TOO_SLOW, Outcome
 
 ALLOWED_MARKS = (TOO_SLOW, OUT_OF_MEMORY)
 
-# A part of the norm. Exact hypergradients in float32 differ by 1e-6 until rounding moves one input of a ReLU across zero,
-# after which training goes on a little differently: by some 1e-3 here.
+# A part of the norm. Exact hypergradients in float32 differ by 1e-6 until rounding moves one input of a ReLU
+# across zero, after which training goes on a little differently: by some 1e-3 here.
 
 
 class DisagreementError(Exception):
@@ -24,7 +24,8 @@ class DisagreementError(Exception):
 
 @dataclass
 class Row:
-    """What one contestant measured on one case. ``error`` is the largest difference found, as a part of the norm."""
+    """What one contestant measured on one case. ``error`` is the largest difference found,
+    as a part of the norm."""
 
     contestant: Contestant
     outcomes: list[Outcome] = field(default_factory=list)
@@ -50,7 +51,11 @@ class Table:
 
     def best_peer(self, quantity: str) -> float | None:
         """The faster peer's seconds, or the leaner peer's bytes."""
-        found = [row.median(quantity) for row in self.rows.values() if row.measured and row.contestant.whose == "peer"]
+        found = [
+            row.median(quantity)
+            for row in self.rows.values()
+            if row.measured and row.contestant.whose == "peer"
+        ]
         return min(found, default=None)
 
     def failures(self) -> list[str]:
@@ -64,7 +69,8 @@ class Table:
 
 
 class Judge:
-    """Holds every answer of a case against the reference along a direction, and against the first answer as a whole."""
+    """Holds every answer of a case against the reference along a direction,
+    and against the first answer as a whole."""
 
     def __init__(self, case: Case, reference: Outcome) -> None:
         self._case = case
@@ -82,7 +88,14 @@ class Judge:
             along = float((answer * direction(answer.size).numpy()).sum())
             norm = max(_norm(answer), 1e-30)
             errors.append(abs(along - self._reference) / norm)
-            self._check(contestant, errors[-1], "along a fixed direction", along, "the reference in float64", self._reference)
+            self._check(
+                contestant,
+                errors[-1],
+                "along a fixed direction",
+                along,
+                "the reference in float64",
+                self._reference,
+            )
         if self._first is not None and self._first[1].size == answer.size:
             other, first = self._first
             errors.append(_norm(answer - first) / _norm(first))
@@ -91,12 +104,15 @@ class Judge:
             self._first = (contestant, answer)
         return max(errors)
 
-    def _check(self, contestant: Contestant, error: float, what: str, value: float, other: str, other_value: float) -> None:
+    def _check(
+        self, contestant: Contestant, error: float, what: str, value: float, other: str, other_value: float
+    ) -> None:
         if not error <= contestant.tolerance:  # NaN included
             raise DisagreementError(
                 f"{self._case.title}: {contestant.name} gives an answer of {value:.6g} {what}, {other} gives "
-                f"{other_value:.6g}: they differ by {error:.2g} of the norm, {contestant.tolerance:g} is allowed. One of them "
-                "is wrong, so no table is worth reading: find out which before measuring again."
+                f"{other_value:.6g}: they differ by {error:.2g} of the norm, "
+                f"{contestant.tolerance:g} is allowed. One of them is wrong, so no table is worth reading: "
+                "find out which before measuring again."
             )
 
 

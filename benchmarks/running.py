@@ -13,13 +13,17 @@ from .results import Judge, Row, Table
 from .work import measure, reference
 
 LONG = 1000
-"""So many steps are measured once, whatever the number of repeats: they take minutes, in which noise averages out."""
+"""So many steps are measured once, whatever the number of repeats: they take minutes,
+in which noise averages out."""
 
 
 class Run:
-    """Measures cases, and remembers what was too slow or too large: more steps of the same kind are not tried then."""
+    """Measures cases, and remembers what was too slow or too large:
+    more steps of the same kind are not tried then."""
 
-    def __init__(self, repeats: int, limits: Limits, tell: Callable[[str], None], names: list[str] | None = None) -> None:
+    def __init__(
+        self, repeats: int, limits: Limits, tell: Callable[[str], None], names: list[str] | None = None
+    ) -> None:
         self._repeats, self._limits, self._tell, self._names = repeats, limits, tell, names
         self._given_up: dict[tuple[Case, str], tuple[int, str]] = {}  # at which size, and why
         self._pace: dict[tuple[Case, str], float] = {}  # seconds for each step or term
@@ -51,7 +55,9 @@ class Run:
     def _judge(self, case: Case) -> Judge:
         found = self._outcome(case, "reference", reference, case)
         if found.mark:
-            self._tell(f"{case.title}: no reference in float64 ({found.mark}); answers are held against each other")
+            self._tell(
+                f"{case.title}: no reference in float64 ({found.mark}); answers are held against each other"
+            )
         return Judge(case, found)
 
     def _measure(self, case: Case, row: Row, judge: Judge) -> None:

@@ -2,10 +2,11 @@
 
     python benchmarks/solvers.py [--data FOLDER] [--output docs/results] [--max_products 400]
 
-Logistic regression on scikit-learn's digits, and an MLP and a CNN on MNIST (torchvision's layout in FOLDER; without
-it on digits too) are trained with Adam and AdamW. Then each solver takes more and more products for the hypergradient
-of the weight decay, per element and per group, which is compared with a dense or converged solution in float64 at the
-same weights. All products are counted: power iterations, random directions and checks of the residual.
+Logistic regression on scikit-learn's digits, and an MLP and a CNN on MNIST (torchvision's layout in FOLDER;
+without it on digits too) are trained with Adam and AdamW. Then each solver takes more and more products
+for the hypergradient of the weight decay, per element and per group, which is compared with a dense
+or converged solution in float64 at the same weights. All products are counted: power iterations, random
+directions and checks of the residual.
 """
 
 from __future__ import annotations
@@ -63,7 +64,13 @@ def mlp(pixels: int) -> nn.Module:
 def cnn(pixels: int) -> nn.Module:
     shrink, stride = (nn.AvgPool2d(2), 2) if pixels == 784 else (nn.Identity(), 1)
     return nn.Sequential(
-        shrink, nn.Conv2d(1, 6, 3, stride=stride), nn.ReLU(), nn.Conv2d(6, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(192, 10)
+        shrink,
+        nn.Conv2d(1, 6, 3, stride=stride),
+        nn.ReLU(),
+        nn.Conv2d(6, 12, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(192, 10),
     )
 
 
@@ -120,7 +127,9 @@ class Problem:
         return torch.cat([part.reshape(-1) for part in found.values()]).double()
 
 
-def trained(name: str, optimizer_name: str, make: Callable[[], nn.Module], data: Batch, num: int, num_steps: int) -> Problem:
+def trained(
+    name: str, optimizer_name: str, make: Callable[[], nn.Module], data: Batch, num: int, num_steps: int
+) -> Problem:
     torch.manual_seed(0)
     model = make()
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
@@ -133,7 +142,7 @@ def trained(name: str, optimizer_name: str, make: Callable[[], nn.Module], data:
     return Problem(name, optimizer_name, model, optimizer, train, val)
 
 
-# ---- measuring ----------------------------------------------------------------------------------------------------------
+# ---- measuring ---------------------------------------------------------------------------------------------
 
 
 class Remembered:
@@ -194,7 +203,9 @@ class Measure(Solver):
             try:
                 x, info = self.make(budget).solve(remembered, b)
             except SolverError as error:
-                curve = Curve(curve.products, curve.per_element, curve.per_group, f"fails: {str(error).split(':')[0]}")
+                curve = Curve(
+                    curve.products, curve.per_element, curve.per_group, f"fails: {str(error).split(':')[0]}"
+                )
                 break
             found = self.slope * x.double()
             curve.products.append(info.num_matvecs)
@@ -286,7 +297,9 @@ def outcomes(problem: Problem) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", help="folder with MNIST in torchvision's layout; without it, digits")
     parser.add_argument("--output", type=Path, help="folder for solvers_table.md and solvers.png")
     parser.add_argument("--max_products", type=int, default=400)
@@ -305,7 +318,9 @@ def main() -> None:
         problem = trained(kind[0], optimizer_name, *kind[1:])
         title = f"{problem.name}, {optimizer_name}"
         low, high = ends_of_the_spectrum(problem, "hessian")
-        spectra.append([title, sum(p.numel() for p in problem.model.parameters()), f"{low:.2g}", f"{high:.2g}"])
+        spectra.append(
+            [title, sum(p.numel() for p in problem.model.parameters()), f"{low:.2g}", f"{high:.2g}"]
+        )
         settings = [("gauss_newton", 0.0)] if "logistic" not in kind[0] else [("hessian", 0.0)]
         if low < 0:
             said += outcomes(problem)
@@ -318,20 +333,39 @@ def main() -> None:
                 agreements.append([title, f"{float((other - expected).norm() / expected.norm()):.2g}"])
             for name, curve in compete(problem, curvature, damping, expected, options.max_products):
                 curves[title, curvature, damping, name] = curve
-                hits = [curve.reached(level, errors) for level in LEVELS for errors in (curve.per_element, curve.per_group)]
+                hits = [
+                    curve.reached(level, errors)
+                    for level in LEVELS
+                    for errors in (curve.per_element, curve.per_group)
+                ]
                 rows.append([title, curvature + (f", damping {damping}" if damping else ""), name, *hits])
                 print(*rows[-1], sep=" | ", flush=True)
         print(f"{title}: {time.perf_counter() - start:.0f} s", flush=True)
     shown = [
-        tabulate(spectra, ["problem", "weights", "least eigenvalue", "greatest"], "github", disable_numparse=True),
+        tabulate(
+            spectra, ["problem", "weights", "least eigenvalue", "greatest"], "github", disable_numparse=True
+        ),
         tabulate(
             rows,
-            ["problem", "curvature", "solver", "1 %, element", "1 %, group", "0.1 %, element", "0.1 %, group"],
+            [
+                "problem",
+                "curvature",
+                "solver",
+                "1 %, element",
+                "1 %, group",
+                "0.1 %, element",
+                "0.1 %, group",
+            ],
             "github",
             disable_numparse=True,
         ),
         tabulate(said, ["problem", "solver", "on the Hessian as it is"], "github", disable_numparse=True),
-        tabulate(agreements, ["problem", "Gauss-Newton's hypergradient from the Hessian's"], "github", disable_numparse=True),
+        tabulate(
+            agreements,
+            ["problem", "Gauss-Newton's hypergradient from the Hessian's"],
+            "github",
+            disable_numparse=True,
+        ),
     ]
     print("\n\n".join(shown))
     if options.output:
@@ -345,8 +379,12 @@ def plot(curves: dict, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = list(dict.fromkeys((title, curvature) for title, curvature, damping, _ in curves if damping == 0))
-    figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(12, 6.5), sharey=True, constrained_layout=True)
+    panels = list(
+        dict.fromkeys((title, curvature) for title, curvature, damping, _ in curves if damping == 0)
+    )
+    figure, axes = plt.subplots(
+        2, (len(panels) + 1) // 2, figsize=(12, 6.5), sharey=True, constrained_layout=True
+    )
     for axis, (title, curvature) in zip(axes.T.reshape(-1), panels):
         for i, name in enumerate(CONTESTANTS):
             curve = curves.get((title, curvature, 0.0, name))

@@ -41,7 +41,11 @@ GRID = [
 ]
 
 SMALL = [
-    *(Case("unrolled", model, 10, optimizer) for model in ("mlp", "cnn", "transformer") for optimizer in ("sgd", "adam")),
+    *(
+        Case("unrolled", model, 10, optimizer)
+        for model in ("mlp", "cnn", "transformer")
+        for optimizer in ("sgd", "adam")
+    ),
     Case("unrolled", "cnn", 10, per="element"),
     Case("unrolled", "transformer", 10, "adam", "element"),
     Case("implicit", "transformer", 10),
@@ -49,14 +53,22 @@ SMALL = [
 
 RESNET18 = [Case("implicit", "resnet18", 10), Case("unrolled", "resnet18", 10)]
 
-SCALING_ROWS = ("plain", "unrolled", "few snapshots", "graphs", "higher", "TorchOpt, penalty")  # all are exact
+# All are exact.
+SCALING_ROWS = ("plain", "unrolled", "few snapshots", "graphs", "higher", "TorchOpt, penalty")
 SCALING = [
     *(Case("unrolled", "mlp", num_steps, only=SCALING_ROWS) for num_steps in (10, 30, 100, 300, 1000)),
     *(Case("unrolled", f"mlp{width}", 30, only=SCALING_ROWS) for width in WIDTHS),
     *(Case("implicit", "mlp", num_terms) for num_terms in (5, 10, 20, 50)),
 ]
 
-SUITES = {"quick": QUICK, "targets": TARGETS_SUITE, "small": SMALL, "resnet18": RESNET18, "grid": GRID, "scaling": SCALING}
+SUITES = {
+    "quick": QUICK,
+    "targets": TARGETS_SUITE,
+    "small": SMALL,
+    "resnet18": RESNET18,
+    "grid": GRID,
+    "scaling": SCALING,
+}
 
 
 def blocks(cases: list[Case]) -> Iterator[list[Case]]:
@@ -70,8 +82,8 @@ class Target:
     """A bound on what one contestant measures, as a part of something else in the same run.
 
     Args:
-        against: the best of the peers, the same contestant with one decay for all weights, or a yardstick by name.
-            None bounds the megabytes or the error itself.
+        against: the best of the peers, the same contestant with one decay for all weights,
+            or a yardstick by name. None bounds the megabytes or the error itself.
     """
 
     case: Case

@@ -21,15 +21,18 @@ def num_steps(case: Case) -> int:
 
 
 def measure(contestant: Contestant, case: Case, profile: bool = False) -> Outcome:
-    """One contestant on one case: growth of memory at the first time, after a warm-up of imports, thread pools and kernels,
-    and seconds at the second time, as in a training loop that takes many hyper steps, in memory that it had before."""
+    """One contestant on one case: growth of memory at the first time, after a warm-up of imports,
+    thread pools and kernels, and seconds at the second time, as in a training loop that takes many
+    hyper steps, in memory that it had before."""
     small = replace(case, size=min(WARM_UP, case.size))
     contestant.run(make_problem(small, num_steps(small)), Meter())
     first, second, clock = Meter(), Meter(released=False), Clock()
     contestant.run(make_problem(case, num_steps(case)), first)
     with clocked(clock) if profile else nullcontext():
         answer = contestant.run(make_problem(case, num_steps(case)), second)
-    return Outcome(second.seconds, first.memory, None if answer is None else answer.double().numpy(), clock.seconds)
+    return Outcome(
+        second.seconds, first.memory, None if answer is None else answer.double().numpy(), clock.seconds
+    )
 
 
 def reference(case: Case) -> Outcome:

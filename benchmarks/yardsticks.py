@@ -58,7 +58,7 @@ def double_backwards(problem: Problem, meter: Meter) -> None:
             torch.autograd.grad(grads, params, v, retain_graph=True, materialize_grads=True)
 
 
-# ---- references -----------------------------------------------------------------------------------------------------
+# ---- references --------------------------------------------------------------------------------------------
 
 
 class SGD:
@@ -100,7 +100,8 @@ RULES: dict[str, type[SGD] | type[Adam]] = {"sgd": SGD, "adam": Adam}
 def unrolled_reference(problem: Problem) -> float:
     """Tangents carried along training: forward mode, where all others go backwards.
 
-    Finite differences would not do: wherever an input of a ReLU changes its sign between two runs, the gradient jumps.
+    Finite differences would not do: wherever an input of a ReLU changes its sign
+    between two runs, the gradient jumps.
     """
     params, decay = list(problem.model.parameters()), joined(problem.decays(torch.float64))
     tan_decay, p = direction(decay.numel()), joined(params)
@@ -137,7 +138,9 @@ def implicit_reference(problem: Problem) -> float:
     term, total, scale = rhs, torch.zeros_like(rhs), neumann_scale(problem.case)
     for _ in range(problem.case.size):
         total = total + scale * term
-        product = joined(torch.autograd.grad(stationarity, params, term, retain_graph=True, materialize_grads=True))
+        product = joined(
+            torch.autograd.grad(stationarity, params, term, retain_graph=True, materialize_grads=True)
+        )
         term = term - scale * (product + NEUMANN_DAMPING * term)
     mixed = -joined(torch.autograd.grad(stationarity, decays, total))
     return (mixed @ direction(mixed.numel())).item()
