@@ -1,11 +1,12 @@
-"""The table of update rules, options, continuous settings, starts and granularities, and a reference for each cell.
+"""The table of update rules, options, continuous settings, starts and granularities,
+and a reference for each cell.
 
-The reference uses no code of torch_hypergrad's training: central differences of the validation loss after training with
-plain ``torch.optim``, extrapolated to step size 0. All perturbed trainings of a row run side by side, as rows of one
-matrix of weights. An elementwise optimizer does not care which tensor an entry belongs to, so all entries that have the
-same value of the setting form one parameter, in a param group of its own: that gives a value to each group, each tensor or
-each single weight. Where torch cannot run such a training the reference is re-run training by the wrapper
-(``check_hypergradient``), and the row says why.
+The reference uses no code of torch_hypergrad's training: central differences of the validation loss after
+training with plain ``torch.optim``, extrapolated to step size 0. All perturbed trainings of a row run side by
+side, as rows of one matrix of weights. An elementwise optimizer does not care which tensor an entry belongs
+to, so all entries that have the same value of the setting form one parameter, in a param group of its own:
+that gives a value to each group, each tensor or each single weight. Where torch cannot run such a training
+the reference is re-run training by the wrapper (``check_hypergradient``), and the row says why.
 
 A new rule is one file in ``updates/`` and one row here.
 """
@@ -82,10 +83,12 @@ class Row:
         return self.options[key][int(entry)] if entry else self.options[key]
 
 
-ADAM_DECOUPLES = "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters  # torch 2.7 and later
+# In torch 2.7 and later.
+ADAM_DECOUPLES = "decoupled_weight_decay" in inspect.signature(torch.optim.Adam).parameters
 ADAM = {"lr": 0.1, "betas": (0.6, 0.8), "eps": 0.05, "weight_decay": 0.1}
 ADAM_ZEROS = ("lr", "betas.0", "eps", "weight_decay")
-# Rectified from the sixth step on: rho is 4.5 after five steps and 5.4 after six, and moves by 0.1 in the differences.
+# Rectified from the sixth step on: rho is 4.5 after five steps and 5.4 after six,
+# and moves by 0.1 in the differences.
 RADAM = {**ADAM, "betas": (0.6, 0.9)}
 RMSPROP = {"lr": 0.1, "alpha": 0.8, "eps": 0.05, "weight_decay": 0.1, "momentum": 0.0, "centered": False}
 ADAGRAD = {"lr": 0.1, "lr_decay": 0.2, "weight_decay": 0.1, "initial_accumulator_value": 0.3, "eps": 0.05}
@@ -108,17 +111,21 @@ ROWS = [
         not_in_torch={"momentum": JUMP}),
     Row("SGD", "nesterov", {**SGD, "nesterov": True}, ("lr", "momentum", "weight_decay"), {}),
     Row("SGD", "maximize", {**SGD, "lr": 0.05, "dampening": 0.3, "maximize": True}, ("weight_decay",)),
-    Row("ASGD", "", {"lr": 0.2, "lambd": 0.3, "alpha": 0.75, "weight_decay": 0.1}, ("lr", "lambd", "alpha", "weight_decay")),
-    Row("ASGD", "maximize", {"lr": 0.1, "lambd": 0.5, "alpha": 0.75, "weight_decay": 0.1, "t0": 2, "maximize": True}),
+    Row("ASGD", "", {"lr": 0.2, "lambd": 0.3, "alpha": 0.75, "weight_decay": 0.1},
+        ("lr", "lambd", "alpha", "weight_decay")),
+    Row("ASGD", "maximize",
+        {"lr": 0.1, "lambd": 0.5, "alpha": 0.75, "weight_decay": 0.1, "t0": 2, "maximize": True}),
     Row("Adam", "", ADAM, ADAM_ZEROS),
     Row("Adam", "amsgrad", {**ADAM, "amsgrad": True}, ADAM_ZEROS),
     Row("Adam", "maximize", {**ADAM, "maximize": True}, ("weight_decay",)),
-    *([Row("Adam", "decoupled", {**ADAM, "decoupled_weight_decay": True}, ADAM_ZEROS)] if ADAM_DECOUPLES else []),
+    *([Row("Adam", "decoupled", {**ADAM, "decoupled_weight_decay": True}, ADAM_ZEROS)]
+      if ADAM_DECOUPLES else []),
     Row("AdamW", "", ADAM, ADAM_ZEROS),
     Row("AdamW", "amsgrad", {**ADAM, "amsgrad": True}, ADAM_ZEROS),
     Row("AdamW", "maximize", {**ADAM, "maximize": True}, ("weight_decay",)),
     Row("NAdam", "", {**ADAM, "momentum_decay": 0.4}, (*ADAM_ZEROS, "momentum_decay")),
-    Row("NAdam", "decoupled", {**ADAM, "momentum_decay": 0.4, "decoupled_weight_decay": True}, ("lr", "weight_decay")),
+    Row("NAdam", "decoupled", {**ADAM, "momentum_decay": 0.4, "decoupled_weight_decay": True},
+        ("lr", "weight_decay")),
     Row("NAdam", "maximize", {**ADAM, "momentum_decay": 0.4, "maximize": True}, ("weight_decay",)),
     Row("RAdam", "", RADAM, ADAM_ZEROS, num_steps=8),
     Row("RAdam", "unrectified", {**ADAM, "betas": (0.6, 0.5)}, ("lr", "weight_decay"),
@@ -135,14 +142,15 @@ ROWS = [
     Row("RMSprop", "centered", {**RMSPROP, "centered": True}, ("weight_decay",),
         not_in_torch={"momentum": NEGATIVE_MOMENTUM}),
     Row("RMSprop", "momentum", {**RMSPROP, "lr": 0.05, "momentum": 0.6}, ("lr", "eps", "weight_decay")),
-    Row("RMSprop", "centered momentum", {**RMSPROP, "lr": 0.05, "centered": True, "momentum": 0.6}, ("weight_decay",)),
+    Row("RMSprop", "centered momentum", {**RMSPROP, "lr": 0.05, "centered": True, "momentum": 0.6},
+        ("weight_decay",)),
     Row("RMSprop", "maximize", {**RMSPROP, "momentum": 0.6, "maximize": True}, ("weight_decay",)),
     Row("Rprop", "", {"lr": 0.2, "etas": (0.5, 1.2), "step_sizes": (1e-3, 10.0)}, (),
         {"step_sizes.0": UNCLAMPED, "step_sizes.1": UNCLAMPED}),
     Row("Rprop", "clamped", {"lr": 0.2, "etas": (0.5, 1.6), "step_sizes": (0.15, 0.22)}, (),
         {"etas.0": CLAMPED, "etas.1": CLAMPED}),
-    Row("Rprop", "maximize", {"lr": 0.2, "etas": (0.5, 1.2), "step_sizes": (1e-3, 10.0), "maximize": True}, (),
-        {"step_sizes.0": UNCLAMPED, "step_sizes.1": UNCLAMPED}),
+    Row("Rprop", "maximize", {"lr": 0.2, "etas": (0.5, 1.2), "step_sizes": (1e-3, 10.0), "maximize": True},
+        (), {"step_sizes.0": UNCLAMPED, "step_sizes.1": UNCLAMPED}),
 ]  # fmt: skip
 if hasattr(torch.optim, "Muon"):
     COEFFICIENTS = {"ns_coefficients": (3.4445, -4.775, 2.0315)}
@@ -150,7 +158,8 @@ if hasattr(torch.optim, "Muon"):
         Row("Muon", "", {**MUON, **COEFFICIENTS, "nesterov": False}, MUON_ZEROS, {"eps": ABOVE_EPS}),
         Row("Muon", "nesterov", {**MUON, **COEFFICIENTS, "adjust_lr_fn": "match_rms_adamw"}, MUON_ZEROS,
             {"eps": ABOVE_EPS, "momentum=0": TO_SECOND_ORDER}),
-        Row("Muon", "below eps", {**MUON, **COEFFICIENTS, "eps": 5.0}, MUON_ZEROS, {"momentum=0": TO_SECOND_ORDER}),
+        Row("Muon", "below eps", {**MUON, **COEFFICIENTS, "eps": 5.0}, MUON_ZEROS,
+            {"momentum=0": TO_SECOND_ORDER}),
     ]  # fmt: skip
 
 
@@ -204,11 +213,14 @@ def granularities(row: Row, setting: str) -> Sequence[str]:
 
 
 CELLS = [
-    Cell(row, setting, start, per) for row in ROWS for setting, start in starts(row) for per in granularities(row, setting)
+    Cell(row, setting, start, per)
+    for row in ROWS
+    for setting, start in starts(row)
+    for per in granularities(row, setting)
 ]
 
 
-# ---- the problem: a small network with tanh, in float64 ---------------------------------------------------------------
+# ---- the problem: a small network with tanh, in float64 ----------------------------------------------------
 
 
 class Net(nn.Module):
@@ -256,7 +268,9 @@ def build(row: Row, tune: Sequence[Hyperparameter], method: Method) -> HyperOpti
     return HyperOptimizer(model, optimizer, loss, tune, method, partial(torch.optim.SGD, lr=0.0))
 
 
-def hypergradient(row: Row, tune: Sequence[Hyperparameter], method: Method) -> tuple[dict[str, list[float]], float]:
+def hypergradient(
+    row: Row, tune: Sequence[Hyperparameter], method: Method
+) -> tuple[dict[str, list[float]], float]:
     """For each setting its entries in the order of the weights; and the validation loss."""
     *train, val = batches(row)
     hyper = build(row, tune, method)
@@ -270,8 +284,8 @@ def hypergradient(row: Row, tune: Sequence[Hyperparameter], method: Method) -> t
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Double precision throughout: the numbers that torch.optim keeps in the default dtype (``mu_product`` of NAdam,
-    ``eta`` of ASGD), and the matrices that Muon, here and in torch, orthogonalizes in bfloat16."""
+    """Double precision throughout: the numbers that torch.optim keeps in the default dtype (``mu_product``
+    of NAdam, ``eta`` of ASGD), and the matrices that Muon, here and in torch, orthogonalizes in bfloat16."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -279,22 +293,25 @@ def exact() -> Iterator[None]:
             if not hasattr(torch.optim, "Muon"):
                 yield
                 return
-            with mock.patch.object(torch.optim._muon, "_zeropower_via_newtonschulz", _float64_newton_schulz()):
+            with mock.patch.object(
+                torch.optim._muon, "_zeropower_via_newtonschulz", _float64_newton_schulz()
+            ):
                 yield
     finally:
         torch.set_default_dtype(before)
 
 
 def _float64_newton_schulz() -> FunctionType:
-    """torch's own function with the one dtype in it replaced."""
+    """torch's own function with the one dtype in it replaced, which it writes in either way, by version. It
+    works in place, so that what is in float64 already has to be copied."""
     scope = dict(vars(torch.optim._muon))
     source = inspect.getsource(torch.optim._muon._zeropower_via_newtonschulz)
-    assert source.count("torch.bfloat16") == 1
-    exec(source.replace("torch.bfloat16", "torch.float64"), scope)
+    assert source.count("bfloat16") == 1
+    exec(source.replace("torch.bfloat16", "torch.float64").replace(".bfloat16()", ".double().clone()"), scope)
     return scope["_zeropower_via_newtonschulz"]
 
 
-# ---- the reference: many plain torch trainings side by side -------------------------------------------------------------
+# ---- the reference: many plain torch trainings side by side ------------------------------------------------
 
 
 def entry_sets(row: Row) -> dict[str, list[range]]:
@@ -306,14 +323,15 @@ def entry_sets(row: Row) -> dict[str, list[range]]:
 
 
 def width(start: float) -> float:
-    """Of the differences: small enough that no maximum, bound or sign in a rule changes over; the smallest of the
-    extrapolated steps is a 16th of it, where rounding errors are still below :data:`ROUNDING`."""
+    """Of the differences: small enough that no maximum, bound or sign in a rule changes over; the smallest
+    of the extrapolated steps is a 16th of it, where rounding errors are still below :data:`ROUNDING`."""
     return 0.02 * abs(start) if start else 5e-4
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Derivatives for each granularity, in the order of the weights, and the validation loss without perturbation."""
+    """Derivatives for each granularity, in the order of the weights,
+    and the validation loss without perturbation."""
 
     derivatives: dict[str, list[float]]
     val_loss: float
@@ -344,8 +362,8 @@ def references(row: Row) -> dict[tuple[str, float], Reference]:
 
 
 def plain_training(row: Row, runs: Sequence[tuple[str, float, range, float]]) -> Tensor:
-    """The validation losses after training with plain ``torch.optim``, one for each run. A run is a setting, its start,
-    and the entries of the weights for which it is shifted by so much."""
+    """The validation losses after training with plain ``torch.optim``, one for each run. A run is a setting,
+    its start, and the entries of the weights for which it is shifted by so much."""
     weights = start_weights(row)
     size = len(weights)
     shapes = list(row.shapes.values())
@@ -371,8 +389,12 @@ def plain_training(row: Row, runs: Sequence[tuple[str, float, range, float]]) ->
         set_plain(optimizer, group, setting, value)
 
     def losses(batch: tuple[Tensor, Tensor]) -> Tensor:
-        flat = torch.cat([p.reshape(-1) for of_group in params for p in of_group])[order].view(len(runs), size)
-        return batched_loss(dict(zip(row.shapes, flat.split([numel(shape) for shape in shapes], dim=1))), batch)
+        flat = torch.cat([p.reshape(-1) for of_group in params for p in of_group])[order].view(
+            len(runs), size
+        )
+        return batched_loss(
+            dict(zip(row.shapes, flat.split([numel(shape) for shape in shapes], dim=1))), batch
+        )
 
     *train, val = batches(row)
     for batch in train:
@@ -385,7 +407,9 @@ def plain_training(row: Row, runs: Sequence[tuple[str, float, range, float]]) ->
 def set_plain(optimizer: torch.optim.Optimizer, group: dict[str, Any], setting: str, value: float) -> None:
     """Gives a param group a value that the constructor might refuse, such as a negative weight decay."""
     key, _, entry = setting.partition(".")
-    group[key] = tuple(value if str(i) == entry else old for i, old in enumerate(group[key])) if entry else value
+    group[key] = (
+        tuple(value if str(i) == entry else old for i, old in enumerate(group[key])) if entry else value
+    )
     if setting == "initial_accumulator_value":
         for p in group["params"]:
             optimizer.state[p]["sum"].fill_(value)
@@ -399,7 +423,7 @@ def batched_loss(weights: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Te
     return (torch.einsum("rki,ri->rk", hidden.tanh(), weights["output"]) - y).square().mean(1)
 
 
-# ---- checks ---------------------------------------------------------------------------------------------------------
+# ---- checks ------------------------------------------------------------------------------------------------
 
 
 def check(cell: Cell) -> None:
@@ -444,8 +468,8 @@ def assert_close(found: Sequence[float], expected: Sequence[float], rtol: float,
 
 
 def check_forward_mode(row: Row, per: str, zero: str | None = None) -> None:
-    """ForwardMode with all settings tuned at once, one of them from 0, against Unrolled; without one from 0 both
-    against the references, which are for one setting at a time.
+    """ForwardMode with all settings tuned at once, one of them from 0, against Unrolled;
+    without one from 0 both against the references, which are for one setting at a time.
 
     Raises:
         AssertionError: if they differ.
@@ -458,4 +482,9 @@ def check_forward_mode(row: Row, per: str, zero: str | None = None) -> None:
         assert_close(forward[cell.setting], unrolled[cell.setting], 1e-9)
         alone_as_together = cell.setting not in row.flat  # a tuned momentum gives dampening a buffer, for one
         if zero is None and cell.in_torch and alone_as_together:
-            assert_close(forward[cell.setting], references(row)[cell.setting, cell.start].derivatives[per], RTOL, ROUNDING)
+            assert_close(
+                forward[cell.setting],
+                references(row)[cell.setting, cell.start].derivatives[per],
+                RTOL,
+                ROUNDING,
+            )

@@ -37,7 +37,9 @@ def tanh_mlp(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
 
 
-def wrapped(model: nn.Module, tune: Any, method: Method, optimizer: Any = SGD, **options: Any) -> HyperOptimizer:
+def wrapped(
+    model: nn.Module, tune: Any, method: Method, optimizer: Any = SGD, **options: Any
+) -> HyperOptimizer:
     """A HyperOptimizer on mean squared error whose values stay where they are."""
     loss = options.pop("train_loss", mse)
     return HyperOptimizer(model, optimizer(model.parameters()), loss, tune, method, FROZEN, **options)
@@ -105,7 +107,8 @@ class GradientDescent:
     r"""Gradient descent on the quadratic :math:`\tfrac12 w^\top H w - c^\top w`, with its own recursion.
 
     .. math:: w_{t+1} = w_t - \eta (H w_t - c + \lambda w_t), \qquad
-              \dot w_{t+1} = (I - \eta (H + \lambda)) \dot w_t - \dot\eta (H w_t - c + \lambda w_t) - \eta \dot\lambda w_t
+              \dot w_{t+1} = (I - \eta (H + \lambda)) \dot w_t - \dot\eta (H w_t - c + \lambda w_t)
+              - \eta \dot\lambda w_t
     """
 
     hessian: Tensor
@@ -117,7 +120,9 @@ class GradientDescent:
     def make(width: int = 4, seed: int = 0) -> GradientDescent:
         generator = torch.Generator().manual_seed(seed)
         a, c, start, target = torch.randn(4, width, width, generator=generator, dtype=torch.float64)
-        return GradientDescent(a @ a.T / width + 0.1 * torch.eye(width, dtype=torch.float64), c[0], start[0], target[0])
+        return GradientDescent(
+            a @ a.T / width + 0.1 * torch.eye(width, dtype=torch.float64), c[0], start[0], target[0]
+        )
 
     def model(self) -> nn.Module:
         """Holds the vector w."""
@@ -143,7 +148,9 @@ class GradientDescent:
         return float(error @ by_lr), float(error @ by_decay)
 
 
-def logistic_regression(seed: int = 0, num: int = 60, width: int = 5) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def logistic_regression(
+    seed: int = 0, num: int = 60, width: int = 5
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Training and validation batches for binary classification with labels 0 and 1 that overlap."""
     batches = []
     for part in range(2):

@@ -7,14 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_hypergrad import (
-    ForwardMode,
-    HyperOptimizer,
-    Hyperparameter,
-    Identity,
-    Implicit,
-    Unrolled,
-)
+from torch_hypergrad import ForwardMode, HyperOptimizer, Hyperparameter, Identity, Implicit, Unrolled
 
 HYPER_SGD = partial(torch.optim.SGD, lr=1e-3)
 ADAM = partial(torch.optim.Adam, lr=1e-2, weight_decay=1e-3)
@@ -42,10 +35,14 @@ def mse(model, batch):
     return (model(x) - y).square().mean()
 
 
-def make(model=None, optimizer=ADAM, train_loss=mse, tune=LR, method=None, hyper_optimizer=HYPER_SGD, **options):
+def make(
+    model=None, optimizer=ADAM, train_loss=mse, tune=LR, method=None, hyper_optimizer=HYPER_SGD, **options
+):
     model = network() if model is None else model
     method = Unrolled() if method is None else method
-    return HyperOptimizer(model, optimizer(model.parameters()), train_loss, tune, method, hyper_optimizer, **options)
+    return HyperOptimizer(
+        model, optimizer(model.parameters()), train_loss, tune, method, hyper_optimizer, **options
+    )
 
 
 def trained(num_steps=3, **options):
@@ -68,7 +65,8 @@ class Point(nn.Module):
 
 
 def frozen_bytes(thing):
-    """``thing``, a tree of containers, with every tensor as its bytes, so that NaN equals NaN and -0 differs from 0."""
+    """``thing``, a tree of containers, with every tensor as its bytes,
+    so that NaN equals NaN and -0 differs from 0."""
     if isinstance(thing, torch.Tensor):
         return str(thing.dtype), tuple(thing.shape), thing.detach().cpu().contiguous().numpy().tobytes()
     if isinstance(thing, dict):

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 SURROUNDINGS = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
 
-# Everything random and every kind of state at once: dropout, flips, momentum, a scheduler, label noise, batches, and a
-# trajectory with few snapshots that is open at most checkpoints.
+# Everything random and every kind of state at once: dropout, flips, momentum, a scheduler, label noise,
+# batches, and a trajectory with few snapshots that is open at most checkpoints.
 UNROLLED = """
 data: {train_size: 60, val_size: 40, test_size: 50, label_noise: 0.2, augment: flip}
 model: {name: cnn, options: {width: 4, dropout: 0.2}}
@@ -27,7 +27,8 @@ tune:
   weight_decay: {per: element, init: 1.0e-3, log: true}
 method: {name: unrolled, max_snapshots: 5}
 hyper_optimizer: {options: {lr: 0.05}}
-train: {steps: 50, batch_size: 16, hyper_every: 15, warmup: 7, val_batch_size: 20, clip_norm: 1.0, threads: 1, seed: 5}
+train: {steps: 50, batch_size: 16, hyper_every: 15, warmup: 7, val_batch_size: 20, \
+clip_norm: 1.0, threads: 1, seed: 5}
 output: {checkpoint_every: 9, log_every: 3, tensorboard: false}
 """
 IMPLICIT = """
@@ -68,7 +69,9 @@ def command(*arguments: object) -> list[str]:
 
 
 def run_command(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, encoding="utf-8", env=SURROUNDINGS, cwd=cwd, timeout=300)
+    return subprocess.run(
+        command(*arguments), capture_output=True, encoding="utf-8", env=SURROUNDINGS, cwd=cwd, timeout=300
+    )
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,9 @@ def resnet_shapes() -> dict[str, tuple[int, ...]]:
             for i in (1, 2):
                 shapes |= {f"{name}.conv{i}.weight": (width, width, 3, 3)} | _norm(f"{name}.bn{i}", width)
             if stage > 1 and block == 0:
-                shapes |= {f"{name}.downsample.0.weight": (width, width, 1, 1)} | _norm(f"{name}.downsample.1", width)
+                shapes |= {f"{name}.downsample.0.weight": (width, width, 1, 1)} | _norm(
+                    f"{name}.downsample.1", width
+                )
     return shapes | {"fc.weight": (10, 8), "fc.bias": (10,)}
 
 
@@ -38,11 +40,16 @@ def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def decays(shapes: Mapping[str, Sequence[int]], start: float = 1e-3) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def decays(
+    shapes: Mapping[str, Sequence[int]], start: float = 1e-3
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Start and final weight decays per element."""
     torch.manual_seed(0)
     first = {f"weight_decay/{name}": torch.full(tuple(shape), start) for name, shape in shapes.items()}
-    last = {name: value * (torch.randn(value.shape) + i / 20).exp() for i, (name, value) in enumerate(first.items())}
+    last = {
+        name: value * (torch.randn(value.shape) + i / 20).exp()
+        for i, (name, value) in enumerate(first.items())
+    }
     if "weight_decay/hidden.weight" in last:
         last["weight_decay/hidden.weight"] *= (2 - 4 * mean_digit().flatten()).exp()
     return first, last
@@ -58,7 +65,9 @@ def quantiles(value: Tensor) -> Any:
         return value.item()
     array = value.double().numpy()
     levels = {"min": 0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1}
-    return {name: float(np.quantile(array, level)) for name, level in levels.items()} | {"mean": float(array.mean())}
+    return {name: float(np.quantile(array, level)) for name, level in levels.items()} | {
+        "mean": float(array.mean())
+    }
 
 
 def make_run(
@@ -79,20 +88,40 @@ def make_run(
     """Writes the folder of a run that went from ``start`` to ``final``."""
     start, final = dict(start or {}), dict(final or {})
     folder.mkdir(parents=True)
-    complete = {section: {**value, **dict((config or {}).get(section, {}))} for section, value in asdict(Config()).items()}
+    complete = {
+        section: {**value, **dict((config or {}).get(section, {}))}
+        for section, value in asdict(Config()).items()
+    }
     complete["tune"] = {name: asdict(entry) for name, entry in (tune or {}).items()}
-    (folder / "config.yaml").write_text(yaml.dump(complete, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper)))
+    (folder / "config.yaml").write_text(
+        yaml.dump(complete, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))
+    )
     lines = [*_training_lines(steps, accuracy), *_hyper_lines(start, final, num_hyper, steps, hyper or {})]
     lines += [{"kind": "skipped", "step": step, "reason": "Neumann diverged."} for step in skipped]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
         part = {"loss": 2 * (1 - accuracy), "accuracy": accuracy}
-        summary = {"steps": steps, "cost": 10 * steps, "num_hyper_steps": num_hyper, "num_skipped": len(skipped)}
+        summary = {
+            "steps": steps,
+            "cost": 10 * steps,
+            "num_hyper_steps": num_hyper,
+            "num_skipped": len(skipped),
+        }
         summary |= {"seconds": 12.5, "test": part, "val": part, "train": {"loss": 0.01, "accuracy": 1.0}}
         summary |= {"num_parameters": 2410, "num_values": sum(value.numel() for value in final.values())}
-        summary |= {"versions": {"torch": "2.6.0"}, "device": "cpu", "started": "2026-01-01T12:00:00", "command": "run it"}
+        summary |= {
+            "versions": {"torch": "2.6.0"},
+            "device": "cpu",
+            "started": "2026-01-01T12:00:00",
+            "command": "run it",
+        }
         (folder / "summary.json").write_text(json.dumps(summary))
-        saved = {"start": start, "values": final, "mean_image": mean_digit(), "classes": [str(i) for i in range(10)]}
+        saved = {
+            "start": start,
+            "values": final,
+            "mean_image": mean_digit(),
+            "classes": [str(i) for i in range(10)],
+        }
         shapes = {name.partition("/")[2]: tuple(value.shape) for name, value in final.items()}
         torch.save({**saved, "model": shapes, **(tuned or {})}, folder / "tuned.pt")
     return folder
@@ -117,9 +146,21 @@ def _hyper_lines(
     for i in range(count):
         share = (i + 1) / count
         values = {name: quantiles((1 - share) * start[name] + share * final[name]) for name in final}
-        line = {"kind": "hyper", "step": steps // 5 + i * (4 * steps // 5) // max(count, 1), "val_loss": 0.5, "clipped": {}}
-        line |= {"hypergradient_norm": 0.3 / (1 + i), "num_matvecs": 20, "residual": 0.1 / (1 + i), "values": values}
-        lines.append(line | {key: value[i] if isinstance(value, list) else value for key, value in given.items()})
+        line = {
+            "kind": "hyper",
+            "step": steps // 5 + i * (4 * steps // 5) // max(count, 1),
+            "val_loss": 0.5,
+            "clipped": {},
+        }
+        line |= {
+            "hypergradient_norm": 0.3 / (1 + i),
+            "num_matvecs": 20,
+            "residual": 0.1 / (1 + i),
+            "values": values,
+        }
+        lines.append(
+            line | {key: value[i] if isinstance(value, list) else value for key, value in given.items()}
+        )
     return lines
 
 
@@ -140,7 +181,9 @@ def cleaning_run(folder: Path, **others: Any) -> Path:
     values = {"example_weights": (weights / (1 - weights)).log()}
     config = {"data": {"label_noise": 0.2, "train_size": 300}}
     start = {"example_weights": torch.zeros(300)}
-    return make_run(folder, start, values, tune={"example_weights": Tune()}, config=config, tuned=saved, **others)
+    return make_run(
+        folder, start, values, tune={"example_weights": Tune()}, config=config, tuned=saved, **others
+    )
 
 
 def augmentation_run(folder: Path) -> Path:
@@ -154,8 +197,15 @@ def augmentation_run(folder: Path) -> Path:
 
 def schedule_run(folder: Path) -> Path:
     time = torch.linspace(0, 1, 500, dtype=torch.float64)
-    final = {"lr/group0": 0.1 + 0.4 * torch.sin(3.14 * time), "weight_decay/group0": torch.tensor(3e-3, dtype=torch.float64)}
-    start = {"lr/group0": torch.full((500,), 0.1).double(), "weight_decay/group0": torch.tensor(1e-4).double()}
+    final = {
+        "lr/group0": 0.1 + 0.4 * torch.sin(3.14 * time),
+        "weight_decay/group0": torch.tensor(3e-3, dtype=torch.float64),
+    }
+    start = {
+        "lr/group0": torch.full((500,), 0.1).double(),
+        "weight_decay/group0": torch.tensor(1e-4).double(),
+    }
     tune = {"lr": Tune(per="step", init=0.1), "weight_decay": Tune(init=1e-4, log=True)}
     return make_run(folder, start, final, tune=tune, hyper={"residual": None, "num_matvecs": None},
-                    config={"method": {"name": "unrolled"}, "train": {"steps": 500, "episodes": 20}})  # fmt: skip
+                    config={"method": {"name": "unrolled"},
+                            "train": {"steps": 500, "episodes": 20}})  # fmt: skip

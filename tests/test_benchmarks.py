@@ -20,7 +20,9 @@ from benchmarks.contestants import Contestant
 from benchmarks.measure import Limits, Meter, Outcome
 from benchmarks.results import DisagreementError, Judge, Row, Table
 
-pytestmark = pytest.mark.skipif(find_spec("torchopt") is None, reason="TorchOpt, a peer, comes with the extra `bench`")
+pytestmark = pytest.mark.skipif(
+    find_spec("torchopt") is None, reason="TorchOpt, a peer, comes with the extra `bench`"
+)
 
 TINY = [
     Case("unrolled", "mlp16", 3),
@@ -75,14 +77,18 @@ def test_command(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_a_wrong_hypergradient_ends_the_run(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     table = [Contestant("unrolled", "", contestants.unrolled), Contestant("wrong", "", wrong)]
     monkeypatch.setitem(contestants.CONTESTANTS, "unrolled", table)
-    with pytest.raises(SystemExit, match=r"wrong gives an answer of -?\d.* the reference in float64 gives -?\d") as ended:
+    with pytest.raises(
+        SystemExit, match=r"wrong gives an answer of -?\d.* the reference in float64 gives -?\d"
+    ) as ended:
         bench.main(["--repeats", "1", "--threads", "1"])
     assert ended.value.code not in (0, None)
 
 
 def test_limits() -> None:
     case = Case("unrolled", "mlp16", 2)
-    slow = measure.in_own_process(work.measure, Contestant("", "", endless), case, limits=Limits(seconds=0.5, threads=1))
+    slow = measure.in_own_process(
+        work.measure, Contestant("", "", endless), case, limits=Limits(seconds=0.5, threads=1)
+    )
     assert slow.mark == measure.TOO_SLOW
     big = measure.in_own_process(allocate, 10_000_000_000, limits=Limits(seconds=60, gigabytes=4, threads=1))
     assert big.mark == measure.OUT_OF_MEMORY
@@ -119,7 +125,9 @@ def test_profile() -> None:
     case = Case("unrolled", "mlp16", 3)
     outcome = work.measure(Contestant("unrolled", "", contestants.unrolled), case, profile=True)
     assert all(
-        outcome.parts[phase, part] > 0 for phase in ("training steps", "hyper step") for part in ("update rule", "copies")
+        outcome.parts[phase, part] > 0
+        for phase in ("training steps", "hyper step")
+        for part in ("update rule", "copies")
     )
     assert outcome.parts["hyper step", "double backward"] > 0
     assert sum(outcome.parts.values()) < outcome.seconds
@@ -176,7 +184,9 @@ def made_up(case: Case, seconds: dict[str, float]) -> Table:
 
 def test_targets() -> None:
     tables = [
-        made_up(suites.MLP, {"unrolled": 2.0, "higher": 4.0, "TorchOpt, penalty": 8.0, "finite difference": 3.0}),
+        made_up(
+            suites.MLP, {"unrolled": 2.0, "higher": 4.0, "TorchOpt, penalty": 8.0, "finite difference": 3.0}
+        ),
         made_up(suites.MLP_PER_ELEMENT, {"unrolled": 2.5}),
         made_up(suites.LONGEST, {"few snapshots": 5.0}),
     ]

@@ -1,5 +1,5 @@
-"""Recorded training gradients. On a CPU a stand-in records: it does the work again into the same memory, as a CUDA graph
-does, spoils that memory in between, and is blind to whatever Python has changed."""
+"""Recorded training gradients. On a CPU a stand-in records: it does the work again into the same memory,
+as a CUDA graph does, spoils that memory in between, and is blind to whatever Python has changed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-import torch_hypergrad.training
+import torch_hypergrad.hyper_optimizer
 from problems import FROZEN, mse, random_batch
 from torch_hypergrad import ForwardMode, HyperOptimizer, Hyperparameter, Implicit, Neumann, Unrolled
-from torch_hypergrad.capture import MAX_RECORDINGS, NUM_WARM_UPS, Captured
+from torch_hypergrad.device.capture import MAX_RECORDINGS, NUM_WARM_UPS, Captured
 
 BATCHES = [random_batch(8, 4, seed) for seed in range(9)]
 VAL = random_batch(8, 4, seed=100)
@@ -24,7 +24,8 @@ CPU = torch.device("cpu")
 
 
 class StandIn:
-    """Records by remembering the function. The recording itself leaves all memory and random numbers as they were."""
+    """Records by remembering the function. The recording itself leaves all memory
+    and random numbers as they were."""
 
     device = CPU
 
@@ -67,29 +68,40 @@ def spoil(tensors: list[Tensor]) -> None:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
-    monkeypatch.setattr(torch_hypergrad.training, "recorder_for", lambda tensors: stand_in)
+    monkeypatch.setattr(torch_hypergrad.hyper_optimizer, "recorder_for", lambda tensors: stand_in)
     return stand_in
 
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 1)).double()
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 1)
+    ).double()
 
 
 ADAM = partial(torch.optim.AdamW, lr=0.01, eps=1e-3)
 WEIGHT_DECAY = Hyperparameter("weight_decay", per="element", init=0.1)
 
 
-def made(method: Any, recorder: StandIn | None, loss: Any = mse, model: Any = None, **options: Any) -> HyperOptimizer:
+def made(
+    method: Any, recorder: StandIn | None, loss: Any = mse, model: Any = None, **options: Any
+) -> HyperOptimizer:
     """With a recorder: captured."""
     model = network() if model is None else model
     tune = options.pop("tune", [WEIGHT_DECAY])
     hyper_optimizer = partial(torch.optim.SGD, lr=1e-2)
     hyper = HyperOptimizer(
-        model, ADAM(model.parameters()), loss, tune, method, hyper_optimizer, capture=recorder is not None, **options
+        model,
+        ADAM(model.parameters()),
+        loss,
+        tune,
+        method,
+        hyper_optimizer,
+        capture=recorder is not None,
+        **options,
     )
     if recorder is not None:
-        recorder.memory = lambda: list(hyper._training.model_state.memory())
+        recorder.memory = lambda: list(hyper._problem.live.model.memory())
     return hyper
 
 
@@ -127,7 +139,8 @@ def test_captured_training_is_eager_training(method: Any, recorder: StandIn) -> 
     assert run(hyper, BATCHES) == run(eager, BATCHES)
     check_equal(hyper, eager)
     functions = 2 if method in METHODS[:2] else 1  # with products of second derivatives
-    hyper_steps = 2 if isinstance(method, Implicit) else 0  # each takes the gradient once more, and solves for the first time
+    # Each takes the gradient once more, and solves for the first time.
+    hyper_steps = 2 if isinstance(method, Implicit) else 0
     assert (recorder.warm_ups, recorder.recordings) == (functions * NUM_WARM_UPS + hyper_steps, functions)
     assert recorder.replays == functions * (2 * len(BATCHES) - NUM_WARM_UPS) + hyper_steps
 
@@ -196,7 +209,7 @@ def test_parameters_with_other_memory_are_recorded_anew(recorder: StandIn) -> No
     assert recorder.recordings == 2
 
 
-# ---- what cannot be recorded ------------------------------------------------------------------------------------------
+# ---- what cannot be recorded -------------------------------------------------------------------------------
 
 
 def test_a_recording_that_fails_is_reported_once_and_training_goes_on(recorder: StandIn) -> None:
@@ -221,7 +234,9 @@ def test_what_waits_is_never_recorded(recorder: StandIn) -> None:
 def test_without_a_cuda_device_everything_is_eager() -> None:
     model = network()
     with pytest.warns(UserWarning, match="parameters are on cpu"):
-        hyper = HyperOptimizer(model, ADAM(model.parameters()), mse, [WEIGHT_DECAY], Unrolled(), FROZEN, capture=True)
+        hyper = HyperOptimizer(
+            model, ADAM(model.parameters()), mse, [WEIGHT_DECAY], Unrolled(), FROZEN, capture=True
+        )
     hyper.step(BATCHES[0])
     assert hyper.hyper_step(VAL).hypergradient_norm > 0
 
@@ -265,13 +280,15 @@ def test_methods_that_keep_graphs_are_not_recorded(recorder: StandIn) -> None:
     assert recorder.recordings == 0
 
 
-# ---- the function alone -----------------------------------------------------------------------------------------------
+# ---- the function alone ------------------------------------------------------------------------------------
 
 
 def test_outputs_are_copies_and_inputs_are_copied() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        doubled = Captured(lambda tree: {"twice": 2 * tree["x"], "none": None}, lambda: (), lambda: None, StandIn(), "it")
+        doubled = Captured(
+            lambda tree: {"twice": 2 * tree["x"], "none": None}, lambda: (), lambda: None, StandIn(), "it"
+        )
         kept = [doubled({"x": torch.full((3,), float(t))}) for t in range(8)]
     assert [found["twice"].tolist() for found in kept] == [[2.0 * t] * 3 for t in range(8)]
     assert all(found["none"] is None for found in kept)
@@ -279,7 +296,9 @@ def test_outputs_are_copies_and_inputs_are_copied() -> None:
 
 def test_inputs_that_require_a_gradient_are_another_kind() -> None:
     stand_in = StandIn()
-    captured = Captured(lambda x: torch.full((), float(x.requires_grad)), lambda: (), lambda: None, stand_in, "it")
+    captured = Captured(
+        lambda x: torch.full((), float(x.requires_grad)), lambda: (), lambda: None, stand_in, "it"
+    )
     for t in range(12):
         assert captured(torch.zeros(2, requires_grad=t % 2 == 0)).item() == (t % 2 == 0)
     assert stand_in.recordings == 2

@@ -1,4 +1,5 @@
-"""Recorded solves of the implicit method: with the stand-in for CUDA graphs, on a CPU that is treated as a device."""
+"""Recorded solves of the implicit method: with the stand-in for CUDA graphs,
+on a CPU that is treated as a device."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import torch_hypergrad.training
+import torch_hypergrad.hyper_optimizer
 from problems import Ridge, mse, random_batch, wrapped
 from test_capture import StandIn, network
 from torch_hypergrad import (
@@ -23,9 +24,9 @@ from torch_hypergrad import (
     Neumann,
     Nystrom,
     SolverError,
-    readings,
 )
-from torch_hypergrad.capture import NUM_WARM_UPS
+from torch_hypergrad.device import readings
+from torch_hypergrad.device.capture import NUM_WARM_UPS
 
 BATCHES = [random_batch(8, 4, seed) for seed in range(4)]
 VAL = random_batch(8, 4, seed=100)
@@ -41,24 +42,37 @@ NUM_WINDOWS = 7
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
-    monkeypatch.setattr(torch_hypergrad.training, "recorder_for", lambda tensors: stand_in)
+    monkeypatch.setattr(torch_hypergrad.hyper_optimizer, "recorder_for", lambda tensors: stand_in)
     monkeypatch.setattr(readings, "at_once", lambda tensor: False)
     return stand_in
 
 
-def made(method: Implicit, recorder: StandIn | None, optimizer: Any = ADAMW, tune: Any = PER_ELEMENT) -> HyperOptimizer:
-    """With a recorder: captured. The model has dropout and buffers, the optimizer two groups, the loss a tuned tensor."""
+def made(
+    method: Implicit, recorder: StandIn | None, optimizer: Any = ADAMW, tune: Any = PER_ELEMENT
+) -> HyperOptimizer:
+    """With a recorder: captured. The model has dropout and buffers, the optimizer two groups,
+    the loss a tuned tensor."""
     model = network()
     half = len(list(model.parameters())) // 2
-    groups = [{"params": list(model.parameters())[:half]}, {"params": list(model.parameters())[half:], "weight_decay": 0.3}]
+    groups = [
+        {"params": list(model.parameters())[:half]},
+        {"params": list(model.parameters())[half:], "weight_decay": 0.3},
+    ]
     scale = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     loss = lambda model, batch: scale.exp() * mse(model, batch)  # noqa: E731
     moving = partial(torch.optim.SGD, lr=0.1)
     hyper = HyperOptimizer(
-        model, optimizer(groups), loss, [tune, ("scale", scale)], method, moving, val_loss=mse, capture=recorder is not None
+        model,
+        optimizer(groups),
+        loss,
+        [tune, ("scale", scale)],
+        method,
+        moving,
+        val_loss=mse,
+        capture=recorder is not None,
     )
     if recorder is not None:
-        recorder.memory = lambda: list(hyper._training.model_state.memory())
+        recorder.memory = lambda: list(hyper._problem.live.model.memory())
     return hyper
 
 
@@ -85,14 +99,19 @@ WHOLE = {
     "a schedule of momenta": (Implicit(NEUMANN), NADAM, PER_ELEMENT),
     "estimated scale": (Implicit(Neumann(10, damping=30.0)), ADAMW, PER_ELEMENT),
     "no product": (Implicit(Identity(0.1)), ADAMW, PER_ELEMENT),
-    "second moments": (Implicit(Neumann(5, damping=500.0), preconditioner="second_moments"), ADAMW, PER_ELEMENT),
+    "second moments": (
+        Implicit(Neumann(5, damping=500.0), preconditioner="second_moments"),
+        ADAMW,
+        PER_ELEMENT,
+    ),
     "Gauss-Newton": (Implicit(NEUMANN, curvature="gauss_newton"), ADAMW, PER_ELEMENT),
 }
 
 
 @pytest.mark.parametrize("case", WHOLE)
 def test_a_whole_solve_is_replayed(case: str, recorder: StandIn) -> None:
-    """Values, learning rates, step counts and second moments are new at each hyper step, and none makes a recording."""
+    """Values, learning rates, step counts and second moments are new at each hyper step,
+    and none makes a recording."""
     method, optimizer, tune = WHOLE[case]
     hyper, eager = made(method, recorder, optimizer, tune), made(method, None, optimizer, tune)
     assert run(hyper) == run(eager)
@@ -155,18 +174,19 @@ def test_buffers_that_the_loss_reads_are_those_before_the_gradient(recorder: Sta
         torch.manual_seed(0)
         hyper = wrapped(Chasing(), [PER_GROUP], Implicit(NEUMANN), SGD, capture=capture is not None)
         if capture is not None:
-            recorder.memory = lambda hyper=hyper: list(hyper._training.model_state.memory())
+            recorder.memory = lambda hyper=hyper: list(hyper._problem.live.model.memory())
         hyper.step(BATCHES[0])
         found.append([hyper.hypergradient(VAL)["weight_decay/group0"].item() for _ in range(6)])
     assert found[0] == found[1]
     assert recorder.recordings == 2
 
 
-# ---- against what is known otherwise ----------------------------------------------------------------------------------
+# ---- against what is known otherwise -----------------------------------------------------------------------
 
 
 def at_optima(method: Implicit, num: int) -> list[tuple[Tensor, Tensor]]:
-    """Hypergradients at the optima of ridge regressions with other data and decays, one after the other, and the truth."""
+    """Hypergradients at the optima of ridge regressions with other data and decays,
+    one after the other, and the truth."""
     hyper = Ridge.make().at_optimum(method, capture=True)
     found = []
     for seed in range(num):
@@ -188,14 +208,18 @@ def test_ridge_regressions_have_their_closed_forms(method: Implicit, recorder: S
 
 
 @pytest.mark.parametrize("preconditioner", [None, "second_moments"])
-def test_decoupled_decay_is_that_of_a_dense_solve_at_every_step_count(preconditioner: Any, recorder: StandIn) -> None:
-    """``-D w (H + D W + damping)^-1 b`` with ``D = sqrt(v / (1 - beta2^t)) + eps`` from the optimizer's own state; with the
-    preconditioner the damping is in units of D."""
+def test_decoupled_decay_is_that_of_a_dense_solve_at_every_step_count(
+    preconditioner: Any, recorder: StandIn
+) -> None:
+    """``-D w (H + D W + damping)^-1 b`` with ``D = sqrt(v / (1 - beta2^t)) + eps`` from the optimizer's own
+    state; with the preconditioner the damping is in units of D."""
     ridge, decay, damping, eps = Ridge.make(), 0.5, 2.0, 0.1
     tune = [Hyperparameter("weight_decay", per="element", init=decay)]
     optimizer = partial(torch.optim.AdamW, lr=0.05, betas=(0.8, 0.9), eps=eps)
     method = Implicit(Neumann(300, damping=damping), preconditioner=preconditioner)
-    hyper = wrapped(nn.Linear(6, 1, bias=False).double(), tune, method, optimizer, train_loss=ridge.loss, capture=True)
+    hyper = wrapped(
+        nn.Linear(6, 1, bias=False).double(), tune, method, optimizer, train_loss=ridge.loss, capture=True
+    )
     hessian = ridge.matrix() - ridge.decay.diag()
     for t in range(1, NUM_WINDOWS + 1):
         hyper.step(ridge.train)
@@ -209,7 +233,7 @@ def test_decoupled_decay_is_that_of_a_dense_solve_at_every_step_count(preconditi
     assert recorder.recordings == 2
 
 
-# ---- what goes wrong --------------------------------------------------------------------------------------------------
+# ---- what goes wrong ---------------------------------------------------------------------------------------
 
 
 def late(hyper: HyperOptimizer, good: Any, bad: Any, refused: Callable[[], Any]) -> None:
@@ -241,7 +265,9 @@ def test_replayed_gauss_newton_refuses_a_penalty_on_the_weights(recorder: StandI
 
     none, some = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     method = Implicit(Neumann(5, scale=0.01), curvature="gauss_newton")
-    hyper = wrapped(nn.Linear(4, 1).double(), [PER_GROUP], method, train_loss=loss, val_loss=mse, capture=True)
+    hyper = wrapped(
+        nn.Linear(4, 1).double(), [PER_GROUP], method, train_loss=loss, val_loss=mse, capture=True
+    )
     refused = partial(pytest.raises, HypergradientError, match="does not come through the model's outputs")
     late(hyper, (*BATCHES[0], none), (*BATCHES[0], some), refused)
     assert recorder.recordings == 2

@@ -1,5 +1,5 @@
-"""A run that is saved and loaded goes on bitwise as if it had never stopped, restart() goes back bitwise to where the
-HyperOptimizer began, hypergradient() changes nothing, and hyper_step() ends the trajectory."""
+"""A run that is saved and loaded goes on bitwise as if it had never stopped, restart() goes back bitwise
+to where the HyperOptimizer began, hypergradient() changes nothing, and hyper_step() ends the trajectory."""
 
 import copy
 from functools import partial
@@ -37,7 +37,9 @@ OPTIMIZERS = {
     "nadam": partial(torch.optim.NAdam, lr=1e-2, weight_decay=1e-2),
 }
 every_method = pytest.mark.parametrize("method", METHODS, ids=str)
-some_methods = pytest.mark.parametrize("method", [Unrolled(max_snapshots=2), ForwardMode(), Implicit(Identity(0.1))], ids=str)
+some_methods = pytest.mark.parametrize(
+    "method", [Unrolled(max_snapshots=2), ForwardMode(), Implicit(Identity(0.1))], ids=str
+)
 every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 
@@ -87,7 +89,9 @@ def make(method, optimizer="adam", seed=0, model=None, made=None):
     tune = [*settings, ("weighting", weighting), ("temperature", temperature)]
     made = OPTIMIZERS[optimizer](model.parameters()) if made is None else made
     hyper_optimizer = partial(torch.optim.Adam, lr=1e-2)
-    return HyperOptimizer(model, made, train_loss, tune, method, hyper_optimizer, val_loss=val_loss), weighting
+    return HyperOptimizer(
+        model, made, train_loss, tune, method, hyper_optimizer, val_loss=val_loss
+    ), weighting
 
 
 def frozen_bytes(thing):
@@ -138,7 +142,7 @@ def saved_and_loaded(checkpoint, path):
     return torch.load(path, weights_only=True)
 
 
-# ---- save and load --------------------------------------------------------------------------------------------------
+# ---- save and load -----------------------------------------------------------------------------------------
 
 
 @every_optimizer
@@ -198,7 +202,10 @@ def test_a_schedule_and_a_scheduler_go_on(method, tmp_path):
         torch.manual_seed(seed)
         model = network()
         optimizer = torch.optim.NAdam(model.parameters(), lr=1e-2)
-        tune = [Hyperparameter("lr", per="step", num_steps=6, init=torch.rand(6)), Hyperparameter("betas.0", log=True)]
+        tune = [
+            Hyperparameter("lr", per="step", num_steps=6, init=torch.rand(6)),
+            Hyperparameter("betas.0", log=True),
+        ]
         hyper = HyperOptimizer(model, optimizer, val_loss, tune, method, partial(torch.optim.SGD, lr=1e-5))
         return hyper, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
@@ -207,7 +214,9 @@ def test_a_schedule_and_a_scheduler_go_on(method, tmp_path):
         for seed in range(3, 6):
             losses.append(hyper.step(batch(seed)))
             scheduler.step()
-        return frozen_bytes([losses, hyper.hypergradient(batch(90)), list(hyper.model.parameters()), hyper.values()])
+        return frozen_bytes(
+            [losses, hyper.hypergradient(batch(90)), list(hyper.model.parameters()), hyper.values()]
+        )
 
     hyper, scheduler = made(0)
     for seed in range(3):
@@ -261,7 +270,9 @@ def test_the_frozen_part_of_a_tuned_module_is_saved(method):
             return (weighting(losses) * losses).mean()
 
         optimizer = OPTIMIZERS["adam"](model.parameters())
-        return HyperOptimizer(model, optimizer, train_loss, [weighting], method, torch.optim.Adam, val_loss=val_loss)
+        return HyperOptimizer(
+            model, optimizer, train_loss, [weighting], method, torch.optim.Adam, val_loss=val_loss
+        )
 
     hyper, other = made(0), made(7)
     train(hyper, range(2))
@@ -307,16 +318,20 @@ def test_the_wrapped_optimizers_own_checkpoint_may_be_loaded_before_the_first_st
     stories = []
     for hyper in (before, after):
         torch.manual_seed(3)
-        stories.append(frozen_bytes([train(hyper, range(3)), hyper.hypergradient(batch(90)), hyper.optimizer.state_dict()]))
+        stories.append(
+            frozen_bytes(
+                [train(hyper, range(3)), hyper.hypergradient(batch(90)), hyper.optimizer.state_dict()]
+            )
+        )
     assert differences(*stories) == []
 
 
-# ---- restart --------------------------------------------------------------------------------------------------------
+# ---- restart -----------------------------------------------------------------------------------------------
 
 
 def plainly_trained(optimizer, seed=0):
-    """A model and an optimizer in the middle of plain training. The first layer was frozen for a step, so that its
-    step count is another one."""
+    """A model and an optimizer in the middle of plain training. The first layer was frozen for a step,
+    so that its step count is another one."""
     torch.manual_seed(seed)
     model = network()
     made = OPTIMIZERS[optimizer](model.parameters())
@@ -409,10 +424,12 @@ def test_restart_after_a_load(method, optimizer, tmp_path):
     other.restart()
     assert beginning(other) == start
     torch.manual_seed(5)
-    assert frozen_bytes([train(other, range(4)), other.hypergradient(batch(90)), beginning(other)]) == expected
+    assert (
+        frozen_bytes([train(other, range(4)), other.hypergradient(batch(90)), beginning(other)]) == expected
+    )
 
 
-# ---- hypergradients and windows -------------------------------------------------------------------------------------
+# ---- hypergradients and windows ----------------------------------------------------------------------------
 
 
 @every_method
@@ -430,7 +447,8 @@ def test_hypergradient_twice_is_the_same_and_changes_nothing(method):
 
 
 def test_the_window_is_differentiated_in_the_mode_it_was_trained_in():
-    """Validation sees the model in eval mode, replayed steps in the mode they were taken in; forward mode replays none."""
+    """Validation sees the model in eval mode, replayed steps in the mode they were taken in;
+    forward mode replays none."""
     found = []
     for method in (ForwardMode(), Unrolled(), Unrolled(max_snapshots=2)):
         hyper, _ = make(method)
@@ -438,7 +456,9 @@ def test_the_window_is_differentiated_in_the_mode_it_was_trained_in():
         hyper.model.eval()
         hypergradient = hyper.hypergradient(batch(90))
         assert not any(module.training for module in hyper.model.modules())
-        found.append(torch.stack([h.sum() for name, h in hypergradient.items() if not name.startswith("weight_decay")]))
+        found.append(
+            torch.stack([h.sum() for name, h in hypergradient.items() if not name.startswith("weight_decay")])
+        )
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-12)
 
@@ -458,7 +478,8 @@ def test_a_hypergradient_on_the_way_does_not_matter(method):
 
 
 @pytest.mark.parametrize(
-    ("method", "optimizer"), [*((method, "adam") for method in METHODS), (Unrolled(), "momentum"), (ForwardMode(), "nadam")]
+    ("method", "optimizer"),
+    [*((method, "adam") for method in METHODS), (Unrolled(), "momentum"), (ForwardMode(), "nadam")],
 )
 def test_a_hyper_step_ends_the_trajectory(method, optimizer):
     """The next window's hypergradient is that of a HyperOptimizer which begins there."""

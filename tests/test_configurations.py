@@ -1,4 +1,5 @@
-"""Configurations: those that come with the package are valid, and a bad one ends in one line before anything starts."""
+"""Configurations: those that come with the package are valid, and a bad one ends
+in one line before anything starts."""
 
 from __future__ import annotations
 
@@ -27,7 +28,12 @@ from torch_hypergrad.experiment.parsing import read_config
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 
 
-NO_SOLVER = ["--method.solver=null", "--method.num_terms=null", "--method.damping=null", "--method.num_batches=null"]
+NO_SOLVER = [
+    "--method.solver=null",
+    "--method.num_terms=null",
+    "--method.damping=null",
+    "--method.num_batches=null",
+]
 
 
 UNROLLED_START = "tune: {weight_decay: {}}\ntrain: {steps: 20, hyper_every: 10}"
@@ -52,7 +58,7 @@ def digits(tmp_path: Path) -> Path:
     return file
 
 
-# ---- what comes with the package --------------------------------------------------------------------------------------
+# ---- what comes with the package ---------------------------------------------------------------------------
 
 
 def test_the_promised_configurations_are_there() -> None:
@@ -89,7 +95,7 @@ def test_every_option_of_the_implicit_method_can_be_chosen(arguments: list[str],
     assert main(["train", "--config", str(digits), *arguments, "--dry_run=true"]) == 0
 
 
-# ---- help -------------------------------------------------------------------------------------------------------------
+# ---- help --------------------------------------------------------------------------------------------------
 
 
 def every_key(kind: type = Config, prefix: str = "") -> Iterator[str]:
@@ -102,7 +108,9 @@ def every_key(kind: type = Config, prefix: str = "") -> Iterator[str]:
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
-def test_help_shows_every_key_with_type_default_and_meaning(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_every_key_with_type_default_and_meaning(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0
@@ -115,7 +123,7 @@ def test_help_shows_every_key_with_type_default_and_meaning(command: str, capsys
         assert len(text.split("(type: ")[0].split()) >= 4, f"{key} has no meaning: {text}"
 
 
-# ---- refusals ---------------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -136,17 +144,32 @@ def test_help_shows_every_key_with_type_default_and_meaning(command: str, capsys
         (["--scheduler.name=StepRL"], "The nearest is StepLR."),
         (["--scheduler.name=ReduceLROnPlateau"], "needs a metric"),
         (["--hyper_optimizer.options={lr: fast}"], "hyper_optimizer.options.lr"),
-        (["--method.rtol=0.1"], "method.rtol=0.1 does not go with method.name=implicit with method.solver=neumann"),
-        (["--method.rank=3"], "method.rank=3 does not go with method.name=implicit with method.solver=neumann"),
-        (["--method.solver=nystrom", "--method.num_terms=null", "--method.rank=0"], "method.rank must be at least 1, got 0"),
-        (["--method.solver=cg", "--method.num_terms=null", "--method.max_steps=0"], "CG: max_steps must be at least 1, got 0"),
+        (
+            ["--method.rtol=0.1"],
+            "method.rtol=0.1 does not go with method.name=implicit with method.solver=neumann",
+        ),
+        (
+            ["--method.rank=3"],
+            "method.rank=3 does not go with method.name=implicit with method.solver=neumann",
+        ),
+        (
+            ["--method.solver=nystrom", "--method.num_terms=null", "--method.rank=0"],
+            "method.rank must be at least 1, got 0",
+        ),
+        (
+            ["--method.solver=cg", "--method.num_terms=null", "--method.max_steps=0"],
+            "CG: max_steps must be at least 1, got 0",
+        ),
         (["--method.curvature=gauss"], "method.curvature: expected"),
         (["--method.preconditioner=second_moments"], "SGD keeps no second moments"),
         (["--method.truncation=3"], "method.truncation=3 does not go with"),
         (["--method.max_graphs=3"], "method.max_graphs=3 does not go with method.name=implicit"),
         (["--method.max_graphs=0"], "method.max_graphs must be at least 1, got 0"),
         (["--method.max_graphs=some"], "method.max_graphs: expected int or null"),
-        (["--method.second_order=reversed"], "expected one of reverse, forward, finite_difference; got reversed."),
+        (
+            ["--method.second_order=reversed"],
+            "expected one of reverse, forward, finite_difference; got reversed.",
+        ),
         (["--method.name=none"], "method.name=none trains without tuning"),
         (["--tune={}"], "needs something to tune"),
         (["--tune={lr: {}}"], "'lr' cannot be tuned with Implicit"),
@@ -172,7 +195,10 @@ def test_help_shows_every_key_with_type_default_and_meaning(command: str, capsys
         (["--data.train_size=5000"], "5000"),
         (["--model.module=torch.nn.Lineer"], "Linear"),
         (["--model.module=torch.nn.Identity"], "one logit for each class"),
-        (["--model.module=torch.nn.Linear", "--model.options={in_features: 3, out_features: 10}"], "fails on images of shape"),
+        (
+            ["--model.module=torch.nn.Linear", "--model.options={in_features: 3, out_features: 10}"],
+            "fails on images of shape",
+        ),
         (["--compare.low=0"], "0 < compare.low < compare.high"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -186,7 +212,10 @@ def test_a_bad_argument_is_refused(arguments: list[str], message: str, digits: P
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("{name: unrolled, max_graphs: 3, offload: cpu}", "method.max_graphs=3 does not go with method.offload=cpu"),
+        (
+            "{name: unrolled, max_graphs: 3, offload: cpu}",
+            "method.max_graphs=3 does not go with method.offload=cpu",
+        ),
         (
             "{name: unrolled, max_graphs: 3, second_order: forward}",
             "method.max_graphs=3 does not go with method.second_order=forward",
@@ -271,14 +300,31 @@ def test_a_printed_configuration_can_be_run(digits: Path, tmp_path: Path) -> Non
     assert yaml.safe_load(printed.stdout)["train"]["seed"] == 7
 
 
-# ---- mutated configurations -------------------------------------------------------------------------------------------
+# ---- mutated configurations --------------------------------------------------------------------------------
 
 JUNK = [
     *(None, True, False, 0, 1, -1, 3, 2**63, 0.5, -0.5, 1e-12, 1e30, float("nan"), float("inf")),
-    *("", "x", "none", "auto", "element", "../x", "é\u2028", "1e-3", "null", "SGD", "Adam", "ASGD", "LBFGS", "resnet18"),
+    *(
+        "",
+        "x",
+        "none",
+        "auto",
+        "element",
+        "../x",
+        "é\u2028",
+        "1e-3",
+        "null",
+        "SGD",
+        "Adam",
+        "ASGD",
+        "LBFGS",
+        "resnet18",
+    ),
     *([], [1], ["a", None], {}, {"a": 1}, {"per": "step"}, {"lr": 0.1, "betas": 3}, [[1], {"b": []}]),
 ]
-SOURCES = [yaml.safe_load(text) for text in CONFIGURATIONS.values()] + [yaml.safe_load(file.read_text()) for file in SHIPPED]
+SOURCES = [yaml.safe_load(text) for text in CONFIGURATIONS.values()] + [
+    yaml.safe_load(file.read_text()) for file in SHIPPED
+]
 
 
 def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -308,7 +354,9 @@ def mutated(draw: st.DrawFn) -> str:
         elif kind == "remove":
             del section[key]
         elif kind == "rename":
-            section[f"{key}{draw(st.sampled_from(['', 's', '_', '.0', ' ']))}"[draw(st.integers(0, 1)) :]] = section.pop(key)
+            section[f"{key}{draw(st.sampled_from(['', 's', '_', '.0', ' ']))}"[draw(st.integers(0, 1)) :]] = (
+                section.pop(key)
+            )
         elif kind == "move":
             content[draw(st.sampled_from([f.name for f in fields(Config)]))] = section.pop(key)
         else:
@@ -326,7 +374,9 @@ def test_mutated_configurations_are_valid_or_refused_in_one_line(text: str) -> N
         file = Path(folder, "mutated.yaml")
         file.write_text(text, encoding="utf-8")
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main(["train", "--config", str(file), "--output.folder", f"{folder}/run", "--dry_run=true"])
+            code = main(
+                ["train", "--config", str(file), "--output.folder", f"{folder}/run", "--dry_run=true"]
+            )
         assert [path.name for path in Path(folder).iterdir()] == ["mutated.yaml"], "a run has started"
     lines = err.getvalue().splitlines()
     if code == 0:

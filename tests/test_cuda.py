@@ -1,4 +1,5 @@
-"""The same on a GPU: plain torch's trajectory, the CPU's hypergradient, replays of device random numbers, offload."""
+"""The same on a GPU: plain torch's trajectory, the CPU's hypergradient,
+replays of device random numbers, offload."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def network(device: str, dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(*layers).double().to(device)
 
 
-def trained(device: str, optimizer: str, method: Method, dropout: float = 0.0, name: str = "weight_decay") -> HyperOptimizer:
+def trained(
+    device: str, optimizer: str, method: Method, dropout: float = 0.0, name: str = "weight_decay"
+) -> HyperOptimizer:
     model = network(device, dropout)
     made = OPTIMIZERS[optimizer](model.parameters())
     hyper = HyperOptimizer(model, made, mse, [Hyperparameter(name, per="tensor")], method, FROZEN)  # type: ignore[arg-type]
@@ -83,7 +86,9 @@ def test_hypergradient_is_that_of_the_cpu(optimizer: str, method: Method) -> Non
         torch.testing.assert_close(found[name].cpu(), value, rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("solver", [Neumann(20, scale=0.2, damping=1.0), CG(damping=5.0), Cholesky(damping=5.0)], ids=str)
+@pytest.mark.parametrize(
+    "solver", [Neumann(20, scale=0.2, damping=1.0), CG(damping=5.0), Cholesky(damping=5.0)], ids=str
+)
 def test_implicit_hypergradient_is_that_of_the_cpu(solver: Any) -> None:
     found = trained("cuda", "sgd", Implicit(solver)).hypergradient(to("cuda", VAL))
     expected = trained("cpu", "sgd", Implicit(solver)).hypergradient(VAL)
@@ -154,7 +159,7 @@ def test_a_run_is_resumed_on_the_device() -> None:
         assert torch.equal(value, expected[name])
 
 
-# ---- waiting for the device -------------------------------------------------------------------------------------------
+# ---- waiting for the device --------------------------------------------------------------------------------
 
 
 def waits_of(call: Callable[[], Any]) -> list[str]:
@@ -204,7 +209,7 @@ def test_what_is_found_at_the_end_of_a_hyper_step_undoes_it() -> None:
     assert hyper.hyper_step((x, y)).hypergradient_norm > 0
 
 
-# ---- snapshots that leave ---------------------------------------------------------------------------------------------
+# ---- snapshots that leave ----------------------------------------------------------------------------------
 
 
 def wide(method: Method, num_steps: int, width: int = 1024) -> tuple[HyperOptimizer, int]:
@@ -239,7 +244,7 @@ def test_snapshots_leave_on_a_stream_of_their_own() -> None:
     assert copies
 
 
-# ---- recorded steps ---------------------------------------------------------------------------------------------------
+# ---- recorded steps ----------------------------------------------------------------------------------------
 
 
 class Counted:
@@ -256,7 +261,8 @@ class Counted:
 @pytest.mark.parametrize("method", [Unrolled(), Implicit(Neumann(5, scale=0.1, damping=5.0))], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_captured_training_is_eager_training(dropout: float, method: Method) -> None:
-    """The last batch is smaller, hyper steps move the values between the windows, and dropout is that of eager steps."""
+    """The last batch is smaller, hyper steps move the values between the windows,
+    and dropout is that of eager steps."""
     hypers, losses = [], []
     for capture in (False, True):
         model, loss = network("cuda", dropout), Counted()
@@ -294,7 +300,8 @@ REPLAYED = {
 
 @pytest.mark.parametrize("case", REPLAYED)
 def test_captured_hyper_steps_are_eager_hyper_steps(case: str) -> None:
-    """Values, learning rates, step counts and dropout masks are new at each; Python has no product to compute any more."""
+    """Values, learning rates, step counts and dropout masks are new at each;
+    Python has no product to compute any more."""
     method, ended, calls, residuals = REPLAYED[case], [], [], []
     for capture in (False, True):
         model, loss = network("cuda", 0.5), Counted()
@@ -319,7 +326,8 @@ def test_captured_hyper_steps_are_eager_hyper_steps(case: str) -> None:
     for name, value in eager.values().items():
         torch.testing.assert_close(captured.values()[name], value, rtol=1e-8, atol=1e-12)
     assert residuals[1] == pytest.approx(residuals[0], rel=1e-6)
-    assert calls == ([1, 0] if not case.startswith("products") else [method.num_batches] * 2)  # the gradient's value
+    # For the gradient's value.
+    assert calls == ([1, 0] if not case.startswith("products") else [method.num_batches] * 2)
 
 
 def test_a_captured_solve_waits_once() -> None:

@@ -1,4 +1,5 @@
-"""The splits (hypothesis chooses the sizes), the label noise, and every dataset from small files made here."""
+"""The splits (hypothesis chooses the sizes), the label noise,
+and every dataset from small files made here."""
 
 import hashlib
 import pickle
@@ -38,7 +39,7 @@ def same(first: Data, second: Data) -> bool:
     return all(torch.equal(*pair) for pair in pairs) and torch.equal(first.wrong, second.wrong)
 
 
-# ---- splits ---------------------------------------------------------------------------------------------------------
+# ---- splits ------------------------------------------------------------------------------------------------
 
 
 def numbered(num, first, num_classes):
@@ -113,7 +114,9 @@ def test_sets_never_overlap_and_have_the_sizes_asked_for(num, num_own, num_class
     assert not loaded.wrong[len(own) :].any()
     for part in (loaded.val, loaded.test, loaded.train[~loaded.wrong]):
         assert part.labels.tolist() == [number % num_classes for number in numbers_of(part)]
-    for number, label in zip(numbers_of(loaded.train[loaded.wrong]), loaded.train.labels[loaded.wrong].tolist()):
+    for number, label in zip(
+        numbers_of(loaded.train[loaded.wrong]), loaded.train.labels[loaded.wrong].tolist()
+    ):
         assert label != number % num_classes
         assert 0 <= label < num_classes
 
@@ -141,7 +144,9 @@ def test_a_seed_gives_the_same_data_and_another_seed_another_split():
 
 
 def test_the_split_does_not_depend_on_label_noise_nor_the_held_out_images_on_train_size():
-    clean, noisy = (load_data(DataConfig(train_size=100, val_size=50, label_noise=noise), 0) for noise in (0.0, 0.5))
+    clean, noisy = (
+        load_data(DataConfig(train_size=100, val_size=50, label_noise=noise), 0) for noise in (0.0, 0.5)
+    )
     assert torch.equal(clean.train.images, noisy.train.images)
     assert torch.equal(clean.val.images, noisy.val.images)
     assert torch.equal(clean.test.images, noisy.test.images)
@@ -197,7 +202,7 @@ def test_sizes_and_fractions_that_do_not_fit_are_refused(options, parts):
     refused(DataConfig(**options), *parts)
 
 
-# ---- digits, MNIST, FashionMNIST, CIFAR-10 --------------------------------------------------------------------------
+# ---- digits, MNIST, FashionMNIST, CIFAR-10 -----------------------------------------------------------------
 
 
 def test_digits_span_the_bytes():
@@ -212,7 +217,8 @@ def test_digits_span_the_bytes():
 
 
 def write_idx(path, array):
-    """The format of MNIST's files: two zeros, the type (8 for bytes), the number of dimensions, the sizes, the bytes."""
+    """The format of MNIST's files: two zeros, the type (8 for bytes), the number of dimensions,
+    the sizes, the bytes."""
     header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(header + array.astype(np.uint8).tobytes())
@@ -222,7 +228,10 @@ def write_mnist(root, name="MNIST", num=(30, 12)):
     """Images whose every pixel is 20 times the label."""
     for part, size in zip(("train", "t10k"), num):
         labels = np.arange(size) % 10
-        write_idx(root / name / "raw" / f"{part}-images-idx3-ubyte", np.tile(20 * labels[:, None, None], (1, 28, 28)))
+        write_idx(
+            root / name / "raw" / f"{part}-images-idx3-ubyte",
+            np.tile(20 * labels[:, None, None], (1, 28, 28)),
+        )
         write_idx(root / name / "raw" / f"{part}-labels-idx1-ubyte", labels)
 
 
@@ -239,9 +248,15 @@ def test_mnist_and_fashion_mnist(tmp_path, name, folder, classes):
         assert torch.equal(part.images.amax((1, 2, 3)).long(), 20 * part.labels)
     assert loaded.test.labels.tolist() == [number % 10 for number in range(12)]
     assert loaded.classes[0] == classes
-    refused(DataConfig(name, str(tmp_path), val_size=8, test_size=13), "data.test_size: got 13", f"{name} has 12 test images")
     refused(
-        DataConfig(name, str(tmp_path), val_size=30), "train_size null, val_size 30", "30 images for training and validation"
+        DataConfig(name, str(tmp_path), val_size=8, test_size=13),
+        "data.test_size: got 13",
+        f"{name} has 12 test images",
+    )
+    refused(
+        DataConfig(name, str(tmp_path), val_size=30),
+        "train_size null, val_size 30",
+        "30 images for training and validation",
     )
 
 
@@ -281,9 +296,21 @@ def test_cifar10(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "files"),
     [
-        ("mnist", [f"MNIST/raw/{p}-ubyte" for p in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3")]),
-        ("fashion_mnist", ["FashionMNIST/raw/train-images-idx3-ubyte", "FashionMNIST/raw/t10k-labels-idx1-ubyte"]),
-        ("cifar10", [f"cifar-10-batches-py/{f}" for f in ("data_batch_1", "data_batch_5", "test_batch", "batches.meta")]),
+        (
+            "mnist",
+            [f"MNIST/raw/{p}-ubyte" for p in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3")],
+        ),
+        (
+            "fashion_mnist",
+            ["FashionMNIST/raw/train-images-idx3-ubyte", "FashionMNIST/raw/t10k-labels-idx1-ubyte"],
+        ),
+        (
+            "cifar10",
+            [
+                f"cifar-10-batches-py/{f}"
+                for f in ("data_batch_1", "data_batch_5", "test_batch", "batches.meta")
+            ],
+        ),
     ],
 )
 def test_missing_files_are_named_with_or_without_a_network(tmp_path, monkeypatch, name, files):
@@ -307,16 +334,24 @@ def test_only_what_is_missing_is_named(tmp_path):
 
 def test_download_puts_the_files_into_root(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "torchvision.datasets.mnist.download_and_extract_archive", lambda *args, **kwargs: write_mnist(tmp_path / "new")
+        "torchvision.datasets.mnist.download_and_extract_archive",
+        lambda *args, **kwargs: write_mnist(tmp_path / "new"),
     )
     assert len(load_data(DataConfig("mnist", str(tmp_path / "new"), download=True, val_size=5), 0).test) == 12
 
 
-@pytest.mark.parametrize("damage", [b"", b"no pictures here at all", b"\0\0\x08\x03\0\0\0\x1e\0\0\0\x1c\0\0\0\x1c\0\0"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"no pictures here at all", b"\0\0\x08\x03\0\0\0\x1e\0\0\0\x1c\0\0\0\x1c\0\0"]
+)
 def test_damaged_mnist_files_are_refused(tmp_path, damage):
     write_mnist(tmp_path)
     (tmp_path / "MNIST/raw/train-images-idx3-ubyte").write_bytes(damage)
-    refused(DataConfig("mnist", str(tmp_path), val_size=5), "damaged", "MNIST/raw/train-images-idx3-ubyte", "Delete")
+    refused(
+        DataConfig("mnist", str(tmp_path), val_size=5),
+        "damaged",
+        "MNIST/raw/train-images-idx3-ubyte",
+        "Delete",
+    )
 
 
 def test_labels_that_do_not_fit_the_images_are_refused(tmp_path):
@@ -334,7 +369,7 @@ def test_damaged_cifar10_files_are_refused(tmp_path, monkeypatch):
     refused(DataConfig("cifar10", str(tmp_path), val_size=5), "damaged", "cifar-10-batches-py/data_batch_2")
 
 
-# ---- folders of pictures --------------------------------------------------------------------------------------------
+# ---- folders of pictures -----------------------------------------------------------------------------------
 
 
 def write_pictures(root, counts, size=(6, 4), mode="RGB", color=None):
@@ -427,7 +462,10 @@ def test_pictures_stand_upright(tmp_path):
 def test_only_chosen_pictures_are_decoded(tmp_path):
     write_pictures(tmp_path, {"a": 20, "b": 20})
     opened = []
-    with patch("torch_hypergrad.experiment.datasets._decode", side_effect=lambda path, *_, **__: opened.append(path) or BLACK):
+    with patch(
+        "torch_hypergrad.experiment.datasets._decode",
+        side_effect=lambda path, *_, **__: opened.append(path) or BLACK,
+    ):
         load_data(folder(tmp_path, train_size=4, test_size=5), 0)
     assert len(opened) == len(set(opened)) == 4 + 3 + 5
 

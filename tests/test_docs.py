@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{i}")
     for page in PAGES
@@ -35,5 +40,7 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_drop_in_example_is_short() -> None:
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert block is not None
-    lines = [line for line in block[1].splitlines() if line.strip() and not line.startswith(("import", "from"))]
+    lines = [
+        line for line in block[1].splitlines() if line.strip() and not line.startswith(("import", "from"))
+    ]
     assert len(lines) <= 20

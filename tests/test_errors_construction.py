@@ -1,4 +1,5 @@
-"""Bad options and arguments are refused when they are given, with what came, what was expected and what to do."""
+"""Bad options and arguments are refused when they are given, with what came,
+what was expected and what to do."""
 
 from functools import partial
 
@@ -19,7 +20,7 @@ from torch_hypergrad import (
     Unrolled,
 )
 
-# ---- options --------------------------------------------------------------------------------------------------------
+# ---- options -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -72,14 +73,30 @@ def test_hyperparameter_refuses(arguments, kind, words):
         (lambda: Unrolled(truncation=True), TypeError, ["truncation", "int", "True"]),
         (lambda: Unrolled(max_snapshots=0), ValueError, ["max_snapshots", "0", "at least 1"]),
         (lambda: Unrolled(max_snapshots="4"), TypeError, ["max_snapshots", "'4'"]),
-        (lambda: Unrolled(truncation=5, max_snapshots=1), ValueError, ["max_snapshots=1", "truncation", "max_snapshots=2"]),
+        (
+            lambda: Unrolled(truncation=5, max_snapshots=1),
+            ValueError,
+            ["max_snapshots=1", "truncation", "max_snapshots=2"],
+        ),
         (lambda: Unrolled(offload="disk"), ValueError, ["offload", "'disk'", "'cpu'"]),
         (lambda: Unrolled(offload=True), ValueError, ["offload", "True", "'cpu'"]),
         (lambda: Unrolled(max_graphs=0), ValueError, ["max_graphs", "0", "at least 1"]),
         (lambda: Unrolled(max_graphs=True), TypeError, ["max_graphs", "int", "True"]),
-        (lambda: Unrolled(max_graphs=2, offload="cpu"), ValueError, ["max_graphs=2", "offload='cpu'", "Leave"]),
-        (lambda: Unrolled(max_graphs=2, second_order="forward"), ValueError, ["max_graphs=2", "'forward'", "'reverse'"]),
-        (lambda: Unrolled(second_order="exact"), ValueError, ["second_order", "'exact'", "'reverse'", "'finite_difference'"]),
+        (
+            lambda: Unrolled(max_graphs=2, offload="cpu"),
+            ValueError,
+            ["max_graphs=2", "offload='cpu'", "Leave"],
+        ),
+        (
+            lambda: Unrolled(max_graphs=2, second_order="forward"),
+            ValueError,
+            ["max_graphs=2", "'forward'", "'reverse'"],
+        ),
+        (
+            lambda: Unrolled(second_order="exact"),
+            ValueError,
+            ["second_order", "'exact'", "'reverse'", "'finite_difference'"],
+        ),
         (lambda: Unrolled(second_order=None), ValueError, ["second_order", "None"]),
         (lambda: Implicit(Neumann), TypeError, ["solver", "Neumann"]),
         (lambda: Implicit("cg"), TypeError, ["solver", "'cg'"]),
@@ -107,8 +124,16 @@ def test_hyperparameter_refuses(arguments, kind, words):
         (lambda: Nystrom(max_steps=False), TypeError, ["max_steps", "False"]),
         (lambda: Nystrom(max_steps=0), ValueError, ["max_steps=0", "damping above 0", "got 0"]),
         (lambda: Nystrom(rtol="small"), TypeError, ["rtol", "'small'"]),
-        (lambda: Implicit(CG(), curvature="fisher"), ValueError, ["curvature", "'hessian' or 'gauss_newton'", "'fisher'"]),
-        (lambda: Implicit(CG(), preconditioner="adam"), ValueError, ["preconditioner", "'second_moments'", "'adam'"]),
+        (
+            lambda: Implicit(CG(), curvature="fisher"),
+            ValueError,
+            ["curvature", "'hessian' or 'gauss_newton'", "'fisher'"],
+        ),
+        (
+            lambda: Implicit(CG(), preconditioner="adam"),
+            ValueError,
+            ["preconditioner", "'second_moments'", "'adam'"],
+        ),
         (lambda: Cholesky(damping=-1.0), ValueError, ["damping", "at least 0", "-1"]),
         (lambda: Cholesky(damping=None), TypeError, ["damping", "None"]),
         (lambda: Identity(0.0), ValueError, ["scale", "above 0"]),
@@ -121,7 +146,7 @@ def test_methods_and_solvers_refuse(options, kind, words):
         options()
 
 
-# ---- construction ---------------------------------------------------------------------------------------------------
+# ---- construction ------------------------------------------------------------------------------------------
 
 
 def not_an_optimizer_of_the_leaves(leaves):
@@ -131,20 +156,36 @@ def not_an_optimizer_of_the_leaves(leaves):
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
-        ({"tune": [Hyperparameter("weight_deacy")]}, ValueError, ["'weight_deacy'", "Did you mean 'weight_decay'", "lr"]),
+        (
+            {"tune": [Hyperparameter("weight_deacy")]},
+            ValueError,
+            ["'weight_deacy'", "Did you mean 'weight_decay'", "lr"],
+        ),
         ({"tune": [Hyperparameter("momentum")]}, ValueError, ["'momentum'", "lr", "betas.0", "weight_decay"]),
         ({"tune": [Hyperparameter("params")]}, ValueError, ["'params'", "lr"]),
         ({"tune": [Hyperparameter("amsgrad")]}, ValueError, ["'amsgrad'", "continuous", "lr"]),
         ({"tune": [Hyperparameter("foreach")]}, ValueError, ["'foreach'", "continuous", "lr"]),
         ({"tune": [Hyperparameter("betas")]}, ValueError, ["'betas'", "betas.0", "pair"]),
         ({"tune": [Hyperparameter("betas.2")]}, ValueError, ["'betas.2'", "betas.1"]),
-        ({"tune": [Hyperparameter("lr"), Hyperparameter("lr", per="tensor")]}, ValueError, ["2 entries", "'lr'", "one"]),
+        (
+            {"tune": [Hyperparameter("lr"), Hyperparameter("lr", per="tensor")]},
+            ValueError,
+            ["2 entries", "'lr'", "one"],
+        ),
         ({"tune": [Hyperparameter("lr", low=0.2)]}, ValueError, ["'lr'", "0.01", "0.2", "init"]),
         ({"tune": [Hyperparameter("lr", init=-0.1)]}, ValueError, ["'lr'", "-0.1", "low"]),
         ({"tune": [Hyperparameter("betas.1", init=1.0)]}, ValueError, ["'betas.1'", "1", "bounds"]),
         ({"tune": [Hyperparameter("eps", high=1e-9)]}, ValueError, ["'eps'", "1e-08", "1e-09"]),
-        ({"tune": [Hyperparameter("lr", init=torch.ones(3))]}, ValueError, ["3 entries", "1 values", "order"]),
-        ({"tune": [Hyperparameter("lr", per="tensor", init=torch.ones(4))]}, ValueError, ["4 entries", "6 values"]),
+        (
+            {"tune": [Hyperparameter("lr", init=torch.ones(3))]},
+            ValueError,
+            ["3 entries", "1 values", "order"],
+        ),
+        (
+            {"tune": [Hyperparameter("lr", per="tensor", init=torch.ones(4))]},
+            ValueError,
+            ["4 entries", "6 values"],
+        ),
         (
             {"tune": [Hyperparameter("weight_decay", per="element", init=torch.ones(5))]},
             ValueError,
@@ -164,10 +205,21 @@ def not_an_optimizer_of_the_leaves(leaves):
             ValueError,
             ["tensor0", "is_leaf=False", "detach"],
         ),
-        ({"tune": [("noise", torch.zeros(2))], "val_loss": mse}, ValueError, ["'noise'", "requires_grad=False"]),
-        ({"tune": [("noise", torch.zeros(2, dtype=torch.int64))], "val_loss": mse}, ValueError, ["'noise'", "int64"]),
         (
-            {"tune": [("a", torch.zeros(2, requires_grad=True)), ("a", torch.ones(2, requires_grad=True))], "val_loss": mse},
+            {"tune": [("noise", torch.zeros(2))], "val_loss": mse},
+            ValueError,
+            ["'noise'", "requires_grad=False"],
+        ),
+        (
+            {"tune": [("noise", torch.zeros(2, dtype=torch.int64))], "val_loss": mse},
+            ValueError,
+            ["'noise'", "int64"],
+        ),
+        (
+            {
+                "tune": [("a", torch.zeros(2, requires_grad=True)), ("a", torch.ones(2, requires_grad=True))],
+                "val_loss": mse,
+            },
             ValueError,
             ["2 entries", "'a'"],
         ),
@@ -187,7 +239,11 @@ def not_an_optimizer_of_the_leaves(leaves):
         ({"hyper_optimizer": lambda leaves: None}, TypeError, ["hyper_optimizer", "NoneType", "partial"]),
         ({"hyper_optimizer": lambda leaves: leaves}, TypeError, ["hyper_optimizer", "list", "partial"]),
         ({"hyper_optimizer": not_an_optimizer_of_the_leaves}, ValueError, ["hyper_optimizer", "tensors"]),
-        ({"hyper_optimizer": partial(torch.optim.LBFGS, lr=0.1)}, ValueError, ["hyper_optimizer", "LBFGS", "closure"]),
+        (
+            {"hyper_optimizer": partial(torch.optim.LBFGS, lr=0.1)},
+            ValueError,
+            ["hyper_optimizer", "LBFGS", "closure"],
+        ),
         ({"optimizer": torch.optim.LBFGS}, ValueError, ["LBFGS", "line search", "Adam"]),
         ({"optimizer": torch.optim.SparseAdam}, ValueError, ["SparseAdam", "sparse", "Adam"]),
     ],

@@ -1,5 +1,5 @@
-"""Hyper steps that cannot be, values that no hyperparameter may have, and checkpoints of other runs: refused, and nothing
-is lost by it."""
+"""Hyper steps that cannot be, values that no hyperparameter may have, and checkpoints of other runs:
+refused, and nothing is lost by it."""
 
 import copy
 from functools import partial
@@ -41,7 +41,7 @@ from torch_hypergrad import (
     Unrolled,
 )
 
-# ---- hyper steps ----------------------------------------------------------------------------------------------------
+# ---- hyper steps -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", EVERY_METHOD, ids=str)
@@ -66,7 +66,10 @@ def test_a_training_loss_that_is_not_finite(method, bad, when):
         hyper.step((x, y + bad) if t == when else (x, y))
     for call in (hyper.hypergradient, hyper.hyper_step):
         # The first of the three is step 2: one was taken before.
-        with unchanged(hyper), refused(NonFiniteError, f"training step {when + 2}", str(bad), "learning rate", "restart()"):
+        with (
+            unchanged(hyper),
+            refused(NonFiniteError, f"training step {when + 2}", str(bad), "learning rate", "restart()"),
+        ):
             call(batch(9))
 
 
@@ -76,7 +79,10 @@ def test_a_validation_loss_that_is_not_finite(method, bad):
     hyper = trained(method=method)
     x, y = batch(9)
     for call in (hyper.hypergradient, hyper.hyper_step):
-        with unchanged(hyper), refused(NonFiniteError, "validation loss", str(bad), "learning rate", "validation batch"):
+        with (
+            unchanged(hyper),
+            refused(NonFiniteError, "validation loss", str(bad), "learning rate", "validation batch"),
+        ):
             call((x, y + bad))
 
 
@@ -133,14 +139,20 @@ def test_a_function_that_cannot_be_differentiated_twice(method, train_loss):
     for seed in range(2):
         hyper.step(batch(seed))
     for call in (hyper.hypergradient, hyper.hyper_step):
-        with unchanged(hyper), refused(NotTwiceDifferentiableError, "once_differentiable", "differentiable operations"):
+        with (
+            unchanged(hyper),
+            refused(NotTwiceDifferentiableError, "once_differentiable", "differentiable operations"),
+        ):
             call(batch(9))
 
 
 @pytest.mark.parametrize("train_loss", [once_at_the_end, once_in_the_middle])
 def test_forward_mode_finds_at_the_first_step_what_cannot_be_differentiated_twice(train_loss):
     hyper = make(train_loss=train_loss, method=ForwardMode())
-    with unchanged(hyper), refused(NotTwiceDifferentiableError, "once_differentiable", "differentiable operations"):
+    with (
+        unchanged(hyper),
+        refused(NotTwiceDifferentiableError, "once_differentiable", "differentiable operations"),
+    ):
         hyper.step(batch(0))
 
 
@@ -163,9 +175,17 @@ FLAT = torch.zeros(2, dtype=torch.float64)
 @pytest.mark.parametrize(
     ("solver", "curvature", "words"),
     [
-        (Neumann(12, scale=0.5), INDEFINITE, ["Neumann diverged", "12 terms", "scale 0.5", "(0, 4)", "damping"]),
+        (
+            Neumann(12, scale=0.5),
+            INDEFINITE,
+            ["Neumann diverged", "12 terms", "scale 0.5", "(0, 4)", "damping"],
+        ),
         (Neumann(12), INDEFINITE, ["Neumann diverged", "12 terms", "damping"]),
-        (Neumann(12, scale=1.0), STEEP, ["Neumann diverged", "12 terms", "scale 1", "(0, 2)", "lower", "scale=None"]),
+        (
+            Neumann(12, scale=1.0),
+            STEEP,
+            ["Neumann diverged", "12 terms", "scale 1", "(0, 2)", "lower", "scale=None"],
+        ),
         (Neumann(1100, scale=1.0), STEEP, ["Neumann diverged", "1100 terms", "scale=None"]),
         (Neumann(12), FLAT, ["Neumann", "damping"]),
         (CG(), INDEFINITE, ["CG", "curvature -0.6", "iteration 1", "damping", "above 0.6"]),
@@ -208,7 +228,7 @@ def test_a_training_loss_without_an_optimum():
         hyper.hyper_step(None)
 
 
-# ---- values ---------------------------------------------------------------------------------------------------------
+# ---- values ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,8 +236,14 @@ def test_a_training_loss_without_an_optimum():
     [
         ({"lr/group1": torch.tensor(0.1)}, ["'lr/group1'", "lr/group0"]),
         ({"lr": torch.tensor(0.1)}, ["'lr'", "lr/group0"]),
-        ({"lr/group0": torch.tensor(0.1), "weight_decay/0.bias": torch.ones(3)}, ["'weight_decay/0.bias'", "(4,)", "(3,)"]),
-        ({"weight_decay/0.bias": torch.ones(4), "lr/group0": torch.tensor(-0.1)}, ["lr/group0", "-0.1", "log"]),
+        (
+            {"lr/group0": torch.tensor(0.1), "weight_decay/0.bias": torch.ones(3)},
+            ["'weight_decay/0.bias'", "(4,)", "(3,)"],
+        ),
+        (
+            {"weight_decay/0.bias": torch.ones(4), "lr/group0": torch.tensor(-0.1)},
+            ["lr/group0", "-0.1", "log"],
+        ),
         ({"lr/group0": torch.tensor(0.0)}, ["lr/group0", "0", "log"]),
         ({"lr/group0": torch.tensor(NAN)}, ["lr/group0", "finite", "nan"]),
         ({"weight_decay/0.bias": torch.full((4,), INFINITY)}, ["weight_decay/0.bias", "finite", "inf"]),
@@ -227,7 +253,9 @@ def test_a_training_loss_without_an_optimum():
     ids=short,
 )
 def test_set_values_refuses(values, words):
-    hyper = make(tune=[Hyperparameter("lr", log=True), Hyperparameter("weight_decay", per="element", high=5.0)])
+    hyper = make(
+        tune=[Hyperparameter("lr", log=True), Hyperparameter("weight_decay", per="element", high=5.0)]
+    )
     with unchanged(hyper), refused(ValueError, *words):
         hyper.set_values(values)
 
@@ -240,7 +268,7 @@ def test_set_values_in_the_middle_of_a_window(method):
         hyper.set_values({"lr/group0": torch.tensor(0.1)})
 
 
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------------------
 
 
 def two_groups(model, *, sizes):
@@ -265,12 +293,12 @@ TWO = (Hyperparameter("lr"), Hyperparameter("weight_decay"))
         ({"tune": DECAY}, {"tune": LR}, ["another hyperparameter", "'weight_decay/group0'", "none"]),
         ({"tune": ELEMENT}, {"tune": DECAY}, ["another hyperparameter", "'weight_decay/0.weight'"]),
         ({"tune": TWO}, {"tune": TWO[::-1]}, ["another hyperparameter", "order"]),
+        ({"tune": [Hyperparameter("lr", log=True)]}, {"tune": LR}, ["another hyperparameter", "lr", "log"]),
         (
-            {"tune": [Hyperparameter("lr", log=True)]},
-            {"tune": LR},
-            ["another hyperparameter", "lr", "log"],
+            {"tune": [Hyperparameter("lr", init=0.5)]},
+            {"tune": [Hyperparameter("lr", high=0.1)]},
+            ["lr", "0.1"],
         ),
-        ({"tune": [Hyperparameter("lr", init=0.5)]}, {"tune": [Hyperparameter("lr", high=0.1)]}, ["lr", "0.1"]),
         ({"optimizer": partial(torch.optim.AdamW, lr=0.1)}, {}, ["another optimizer", "AdamW", "Adam"]),
         ({"method": ForwardMode()}, {}, ["another method", "ForwardMode()", "Unrolled("]),
         ({"method": Unrolled(truncation=2)}, {}, ["another method", "truncation=2", "truncation=None"]),
@@ -281,7 +309,11 @@ TWO = (Hyperparameter("lr"), Hyperparameter("weight_decay"))
             ["another", "group"],
         ),
         (
-            {"model": lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)).double()},
+            {
+                "model": lambda: nn.Sequential(
+                    nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)
+                ).double()
+            },
             {"model": lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()},
             ["another model", "running_mean"],
         ),

@@ -1,5 +1,6 @@
-"""Bad training steps, and writes behind the wrapper's back, are refused at the earliest moment, and nothing is lost: values,
-hyper optimizer, weights, buffers, optimizer state, modes and random numbers are bitwise as before."""
+"""Bad training steps, and writes behind the wrapper's back, are refused at the earliest moment,
+and nothing is lost: values, hyper optimizer, weights, buffers, optimizer state, modes and random numbers
+are bitwise as before."""
 
 import copy
 from functools import partial
@@ -36,7 +37,7 @@ from torch_hypergrad import (
     Unrolled,
 )
 
-# ---- training steps -------------------------------------------------------------------------------------------------
+# ---- training steps ----------------------------------------------------------------------------------------
 
 
 def returning(change):
@@ -49,7 +50,11 @@ BAD_LOSSES = [
     (lambda loss: None, TypeError, ["train_loss", "NoneType", "scalar tensor"]),
     (lambda loss: (loss, loss), TypeError, ["train_loss", "tuple", "scalar tensor"]),
     (lambda loss: loss.expand(2, 3), ValueError, ["train_loss", "(2, 3)", ".mean()"]),
-    (lambda loss: loss.detach(), ValueError, ["train_loss", "without a graph", ".detach()", "torch.no_grad()"]),
+    (
+        lambda loss: loss.detach(),
+        ValueError,
+        ["train_loss", "without a graph", ".detach()", "torch.no_grad()"],
+    ),
 ]
 
 
@@ -104,8 +109,16 @@ def test_past_the_end_of_a_schedule():
 @pytest.mark.parametrize(
     ("transform", "kind", "words"),
     [
-        (lambda grads: grads[1:], ValueError, ["grad_transform", "(4, 3)", "returned", "one gradient for each"]),
-        (lambda grads: [g.flatten() for g in grads], ValueError, ["grad_transform", "(4, 3)", "(12,)", "same shapes"]),
+        (
+            lambda grads: grads[1:],
+            ValueError,
+            ["grad_transform", "(4, 3)", "returned", "one gradient for each"],
+        ),
+        (
+            lambda grads: [g.flatten() for g in grads],
+            ValueError,
+            ["grad_transform", "(4, 3)", "(12,)", "same shapes"],
+        ),
         (lambda grads: [], ValueError, ["grad_transform", "(4, 3)", "one gradient for each"]),
         (lambda grads: None, TypeError, ["grad_transform", "None", "list"]),
         (lambda grads: [None for _ in grads], TypeError, ["grad_transform", "None", "tensor"]),
@@ -165,7 +178,7 @@ def test_a_scheduler_factor_on_a_start_of_zero():
         hyper.step(batch(0))
 
 
-# ---- what changes behind the wrapper's back -------------------------------------------------------------------------
+# ---- what changes behind the wrapper's back ----------------------------------------------------------------
 
 
 def set_in_place(hyper, scale):
@@ -321,7 +334,9 @@ def validation_gradients(hyper):
         return torch.autograd.grad(mse(model, batch(9)), list(model.parameters()))
 
 
-@pytest.mark.parametrize("method", [Unrolled(), Unrolled(max_snapshots=2), Implicit(Identity(0.1), num_batches=4)], ids=str)
+@pytest.mark.parametrize(
+    "method", [Unrolled(), Unrolled(max_snapshots=2), Implicit(Identity(0.1), num_batches=4)], ids=str
+)
 def test_a_batch_changed_in_place_before_its_replay(method):
     hyper = make(tune=DECAY, method=method)
     batches = [batch(seed) for seed in range(4)]

@@ -67,7 +67,9 @@ def test_drop_in() -> None:
 
 
 def test_per_parameter_weight_decay(tmp_path: Path) -> None:
-    printed = run_example("per_parameter_weight_decay.py", "--seeds", 1, "--steps", 120, "--hidden", 64, "--out", tmp_path)
+    printed = run_example(
+        "per_parameter_weight_decay.py", "--seeds", 1, "--steps", 120, "--hidden", 64, "--out", tmp_path
+    )
     rows = rows_of(printed)
     num_values = {
         "no weight decay": 0,
@@ -86,7 +88,9 @@ def test_per_parameter_weight_decay(tmp_path: Path) -> None:
 
 
 def test_learning_rate_schedule(tmp_path: Path) -> None:
-    printed = run_example("learning_rate_schedule.py", "--steps", 15, "--seeds", 2, "--episodes", 12, "--out", tmp_path)
+    printed = run_example(
+        "learning_rate_schedule.py", "--steps", 15, "--seeds", 2, "--episodes", 12, "--out", tmp_path
+    )
     rows = rows_of(printed)
     for name in ("best constant of a grid", "best cosine of a grid", "learned"):
         first, peak, last, val_loss, test_loss, accuracy = map(mean, rows[name])
@@ -99,7 +103,9 @@ def test_learning_rate_schedule(tmp_path: Path) -> None:
 
 
 def test_data_cleaning(tmp_path: Path) -> None:
-    printed = run_example("data_cleaning.py", "--steps", 140, "--seeds", 1, "--train-size", 200, "--out", tmp_path)
+    printed = run_example(
+        "data_cleaning.py", "--steps", 140, "--seeds", 1, "--train-size", 200, "--out", tmp_path
+    )
     rows = rows_of(printed)
     for name in (
         "noisy, one tuned weight for each",
@@ -120,7 +126,9 @@ def test_data_cleaning(tmp_path: Path) -> None:
 
 
 def test_augmentation(tmp_path: Path) -> None:
-    printed = run_example("augmentation.py", "--steps", 120, "--seeds", 1, "--train-size", 200, "--out", tmp_path)
+    printed = run_example(
+        "augmentation.py", "--steps", 120, "--seeds", 1, "--train-size", 200, "--out", tmp_path
+    )
     rows = rows_of(printed)
     for name in (
         "none",
@@ -169,14 +177,19 @@ def beside_the_examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--dataset", "mnist", "--data-root", "nowhere"], r"train-images-idx3-ubyte, .* not found in nowhere.*--download"),
+        (
+            ["--dataset", "mnist", "--data-root", "nowhere"],
+            r"train-images-idx3-ubyte, .* not found in nowhere.*--download",
+        ),
         (["--train-size", 1500, "--val-size", 500], r"2000 images, and digits has 1797"),
         (["--seeds", 0], r"--seeds must be at least 1, got 0"),
         (["--steps", 0], r"--steps must be at least \d+, got 0"),
     ],
     ids=["no data", "too many images", "no seeds", "no steps"],
 )
-def test_refuses(name: str, args: list[object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refuses(
+    name: str, args: list[object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shown = refusal(name, args, capsys)
     assert re.search(message, shown)
     assert "Traceback" not in shown
@@ -187,5 +200,7 @@ def test_refuses(name: str, args: list[object], message: str, tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("name", "steps", "least"), [("per_parameter_weight_decay.py", 100, 101), ("augmentation.py", 99, 100)]
 )
-def test_refuses_to_end_before_tuning_begins(name: str, steps: int, least: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refuses_to_end_before_tuning_begins(
+    name: str, steps: int, least: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert f"--steps must be at least {least}, got {steps}" in refusal(name, ["--steps", steps], capsys)

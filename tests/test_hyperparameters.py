@@ -24,7 +24,7 @@ def filled(shape, value):
     return torch.full(shape, value, dtype=torch.float64)
 
 
-# ---- names, order, shapes and starts --------------------------------------------------------------------------------
+# ---- names, order, shapes and starts -----------------------------------------------------------------------
 
 
 def mse(model, batch):
@@ -44,7 +44,8 @@ def network():
 
 
 def grouped(tune, method=None, *, second_first=False, hyper_optimizer=FROZEN, **options):
-    """Two groups: the first layer with lr 0.1, the second with lr 0.2 and other decay; in this order or the other."""
+    """Two groups: the first layer with lr 0.1, the second with lr 0.2 and other decay;
+    in this order or the other."""
     model = network()
     groups = [
         {"params": model[0].parameters(), "lr": 0.1, "weight_decay": 0.01},
@@ -89,7 +90,9 @@ def test_names_order_and_shapes(name, per, method):
 def test_names_of_implicit_are_the_same(per):
     hyper = grouped([tuned("weight_decay", per)], Implicit(Neumann(3, scale=0.01, damping=5.0)))
     hyper.step(batch())
-    assert shapes(hyper.hypergradient(batch(9))) == {f"weight_decay/{part}": s for part, s in NAMES[per].items()}
+    assert shapes(hyper.hypergradient(batch(9))) == {
+        f"weight_decay/{part}": s for part, s in NAMES[per].items()
+    }
 
 
 def test_the_order_is_that_of_the_optimizer():
@@ -166,8 +169,12 @@ def test_a_group_without_parameters():
 
 
 def test_a_setting_is_tuned_in_the_chosen_groups_alone():
-    """The other group keeps its own value, and the hypergradient of the chosen one is what it is with both tuned."""
-    both, first = grouped([Hyperparameter("weight_decay")]), grouped([Hyperparameter("weight_decay", groups=[0])])
+    """The other group keeps its own value, and the hypergradient of the chosen one
+    is what it is with both tuned."""
+    both, first = (
+        grouped([Hyperparameter("weight_decay")]),
+        grouped([Hyperparameter("weight_decay", groups=[0])]),
+    )
     for hyper in (both, first):
         for seed in range(3):
             hyper.step(batch(seed))
@@ -179,19 +186,24 @@ def test_a_setting_is_tuned_in_the_chosen_groups_alone():
 
 
 def test_a_setting_may_have_an_entry_for_each_group():
-    tune = [Hyperparameter("lr", init=0.3, groups=[1]), Hyperparameter("lr", per="tensor", init=0.4, groups=[0])]
+    tune = [
+        Hyperparameter("lr", init=0.3, groups=[1]),
+        Hyperparameter("lr", per="tensor", init=0.4, groups=[0]),
+    ]
     values = grouped(tune).values()
     assert [float(value) for value in values.values()] == [0.3, 0.4, 0.4]
     assert next(iter(values)) == "lr/group1"
 
 
-@pytest.mark.parametrize(("groups", "kind"), [([2], ValueError), ([-1], ValueError), (0, TypeError), (["0"], TypeError)])
+@pytest.mark.parametrize(
+    ("groups", "kind"), [([2], ValueError), ([-1], ValueError), (0, TypeError), (["0"], TypeError)]
+)
 def test_groups_that_are_not_there_are_refused(groups, kind):
     with pytest.raises(kind, match="groups"):
         grouped([Hyperparameter("lr", groups=groups)])
 
 
-# ---- one weight, with closed forms ----------------------------------------------------------------------------------
+# ---- one weight, with closed forms -------------------------------------------------------------------------
 
 CURVATURE, OPTIMUM, TARGET, START = 2.0, 1.0, 0.3, 0.9
 
@@ -220,7 +232,9 @@ def one_weight(tune, hyper_lr=0.0, lr=0.1, method=None, make_optimizer=torch.opt
     hyper_optimizer = partial(torch.optim.SGD, lr=hyper_lr)
     method = Unrolled() if method is None else method
     options.setdefault("val_loss", val_loss)
-    return HyperOptimizer(model, optimizer, options.pop("train_loss", train_loss), tune, method, hyper_optimizer, **options)
+    return HyperOptimizer(
+        model, optimizer, options.pop("train_loss", train_loss), tune, method, hyper_optimizer, **options
+    )
 
 
 @pytest.mark.parametrize("per", ["group", "tensor", "element"])
@@ -229,7 +243,10 @@ def one_weight(tune, hyper_lr=0.0, lr=0.1, method=None, make_optimizer=torch.opt
 def test_hypergradient_is_with_respect_to_the_values(per, log, method):
     """After one step w1 = w0 - lr (g0 + wd w0)."""
     lr, decay = 0.1, 0.05
-    tune = [Hyperparameter("lr", per, init=lr, log=log), Hyperparameter("weight_decay", per, init=decay, log=log)]
+    tune = [
+        Hyperparameter("lr", per, init=lr, log=log),
+        Hyperparameter("weight_decay", per, init=decay, log=log),
+    ]
     hyper = one_weight(tune, method=method)
     hyper.step(None)
     direction = gradient(START) + decay * START
@@ -351,7 +368,7 @@ def test_the_clipped_values_are_counted():
     close(hyper.values()["weight_decay/w"], [0.0, 0.1, 0.0])
 
 
-# ---- schedules ------------------------------------------------------------------------------------------------------
+# ---- schedules ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", [Unrolled(), Unrolled(max_snapshots=1), ForwardMode()], ids=str)
@@ -385,7 +402,7 @@ def test_a_schedule_runs_on_over_hyper_steps_until_restart():
     close(hyper.model.w.detach(), [START - 0.1 * gradient(START)])
 
 
-# ---- settings, modules and tensors together -------------------------------------------------------------------------
+# ---- settings, modules and tensors together ----------------------------------------------------------------
 
 
 def test_settings_modules_and_tensors_in_one():
@@ -393,11 +410,17 @@ def test_settings_modules_and_tensors_in_one():
     weighting, noise, temperature = nn.Linear(1, 2).double(), DOUBLE([0.1, 0.2]), DOUBLE(0.3)
     noise.requires_grad_()
     temperature.requires_grad_()
-    rates = nn.ParameterDict({"a": nn.Parameter(DOUBLE(1.5)), "frozen": nn.Parameter(DOUBLE(1.0), requires_grad=False)})
+    rates = nn.ParameterDict(
+        {"a": nn.Parameter(DOUBLE(1.5)), "frozen": nn.Parameter(DOUBLE(1.0), requires_grad=False)}
+    )
 
     def loss(model, batch):
         weights = weighting(batch).sigmoid().sum()
-        inner = weights * (model.w - OPTIMUM).square() + noise.sum() * model.w + temperature.exp() * model.w * rates["a"]
+        inner = (
+            weights * (model.w - OPTIMUM).square()
+            + noise.sum() * model.w
+            + temperature.exp() * model.w * rates["a"]
+        )
         return inner.sum()
 
     tune = [noise, weighting, Hyperparameter("lr"), ("temperature", temperature), ("rates", rates)]
@@ -435,7 +458,7 @@ def test_a_single_entry_needs_no_list():
     assert list(one_weight(Hyperparameter("lr")).values()) == ["lr/group0"]
 
 
-# ---- schedulers -----------------------------------------------------------------------------------------------------
+# ---- schedulers --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("per", ["group", "tensor", "element"])
@@ -446,7 +469,9 @@ def test_the_factor_of_a_scheduler_multiplies_the_tuned_value(per, method, wrap_
     v = 0.2
     model = Weight()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    make = partial(HyperOptimizer, model, optimizer, train_loss, [Hyperparameter("lr", per, init=v)], method, FROZEN)
+    make = partial(
+        HyperOptimizer, model, optimizer, train_loss, [Hyperparameter("lr", per, init=v)], method, FROZEN
+    )
     if wrap_first:
         hyper = make(val_loss=val_loss)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5**t)
@@ -460,7 +485,10 @@ def test_the_factor_of_a_scheduler_multiplies_the_tuned_value(per, method, wrap_
     close(model.w.detach(), [w2])
     (value,) = hyper.values().values()
     close(value, filled(value.shape, v))
-    by_rate1, by_rate2 = -(w2 - TARGET) * (1 - v / 2 * CURVATURE) * gradient(START), -(w2 - TARGET) * gradient(w1)
+    by_rate1, by_rate2 = (
+        -(w2 - TARGET) * (1 - v / 2 * CURVATURE) * gradient(START),
+        -(w2 - TARGET) * gradient(w1),
+    )
     (found,) = hyper.hypergradient(None).values()
     close(found, filled(found.shape, by_rate1 + by_rate2 / 2))
 
@@ -489,7 +517,7 @@ def test_an_untuned_setting_is_read_at_each_step(change):
     close(hyper.hypergradient(None)["weight_decay/group0"], by_decay)
 
 
-# ---- setting and keeping values -------------------------------------------------------------------------------------
+# ---- setting and keeping values ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("log", [False, True])

@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from problems import GradientDescent, Ridge, logistic_regression, mse, random_batch, tanh_mlp, wrapped
-from torch_hypergrad import CG, Cholesky, HyperOptimizer, Hyperparameter, Identity, Implicit, Neumann, SolverError, Unrolled
+from torch_hypergrad import (
+    CG,
+    Cholesky,
+    HyperOptimizer,
+    Hyperparameter,
+    Identity,
+    Implicit,
+    Neumann,
+    SolverError,
+    Unrolled,
+)
 from torch_hypergrad.solvers import Solver
 from torch_hypergrad.testing import derivative
 
@@ -45,9 +55,13 @@ def test_ridge_with_one_decay_for_all(per: str) -> None:
     with torch.no_grad():
         model.weight.copy_(ridge.optimum())
     tune = [Hyperparameter("weight_decay", per=per, init=0.3)]  # type: ignore[arg-type]
-    hyper = wrapped(model, tune, Implicit(Cholesky()), partial(torch.optim.SGD, lr=0.0), train_loss=ridge.loss)
+    hyper = wrapped(
+        model, tune, Implicit(Cholesky()), partial(torch.optim.SGD, lr=0.0), train_loss=ridge.loss
+    )
     hyper.step(ridge.train)
-    assert entry(hyper.hypergradient(ridge.val)).item() == pytest.approx(ridge.hypergradient().sum().item(), rel=1e-10)
+    assert entry(hyper.hypergradient(ridge.val)).item() == pytest.approx(
+        ridge.hypergradient().sum().item(), rel=1e-10
+    )
 
 
 def test_gradient_transform_does_not_move_the_optimum() -> None:
@@ -93,7 +107,9 @@ def test_power_iterations_start_without_a_pattern() -> None:
 
     v = scattered(torch.zeros(100_000, dtype=torch.float64))
     assert v.abs().max() <= 1
-    moments = torch.stack([v.mean(), v.square().mean() - 1 / 3, *((v[:-k] * v[k:]).mean() for k in (1, 2, 7, 64, 1000))])
+    moments = torch.stack(
+        [v.mean(), v.square().mean() - 1 / 3, *((v[:-k] * v[k:]).mean() for k in (1, 2, 7, 64, 1000))]
+    )
     assert moments.abs().max() < 0.01
 
 
@@ -104,7 +120,9 @@ def test_divergent_neumann_raises() -> None:
         hyper.hypergradient(RIDGE.val)
 
 
-@pytest.mark.parametrize("solver", [Neumann(500, damping=0.2), CG(100, rtol=1e-12, damping=0.2), Cholesky(0.2)], ids=name_of)
+@pytest.mark.parametrize(
+    "solver", [Neumann(500, damping=0.2), CG(100, rtol=1e-12, damping=0.2), Cholesky(0.2)], ids=name_of
+)
 def test_damping_is_added_to_the_hessian(solver: Solver) -> None:
     w = RIDGE.optimum()
     damped = RIDGE.matrix() + 0.2 * torch.eye(6, dtype=torch.float64)
@@ -114,7 +132,8 @@ def test_damping_is_added_to_the_hessian(solver: Solver) -> None:
 
 
 def test_identity_is_the_derivative_of_one_step_of_sgd() -> None:
-    """T1-T2: with the learning rate as scale, the hypergradient of a window of one step (up to where L is taken)."""
+    """T1-T2: with the learning rate as scale, the hypergradient of a window
+    of one step (up to where L is taken)."""
     w = RIDGE.optimum()
     hyper = RIDGE.at_optimum(Implicit(Identity(scale=0.05)))
     assert relative_error(entry(hyper.hypergradient(RIDGE.val)), -0.05 * w * RIDGE.val_gradient(w)) < 1e-12
@@ -162,7 +181,8 @@ OPTIMIZERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_added_decay_has_the_same_optimum_whatever_the_optimizer(kind: str) -> None:
-    """Ridge again: every rule whose decay is added to the gradient has the closed form's optimum, ASGD with lambd."""
+    """Ridge again: every rule whose decay is added to the gradient has
+    the closed form's optimum, ASGD with lambd."""
     decay = RIDGE.decay - 0.02 if kind == "ASGD" else RIDGE.decay
     model = nn.Linear(6, 1, bias=False).double()
     with torch.no_grad():
@@ -194,8 +214,8 @@ def test_added_decay_has_the_same_optimum_whatever_the_optimizer(kind: str) -> N
     ids=lambda kind: kind.func.__name__ + ("_amsgrad" if "amsgrad" in kind.keywords else ""),
 )
 def test_decoupled_decay_has_the_optimum_that_training_reaches(kind: Any) -> None:
-    """At rest the preconditioned gradient balances the decay. F must vanish where training has come to rest, and its
-    dense hypergradient with the preconditioner D frozen is -(H + D W)^-1 D w, written out by hand."""
+    """At rest the preconditioned gradient balances the decay. F must vanish where training has come to rest,
+    and its dense hypergradient with the preconditioner D frozen is -(H + D W)^-1 D w, written out by hand."""
     decay = 0.5
     model = nn.Linear(6, 1, bias=False).double()
     optimizer = kind(model.parameters(), weight_decay=decay)
@@ -227,12 +247,15 @@ def test_mean_over_the_last_batches() -> None:
 
 
 def test_mean_over_batches_with_batch_norm() -> None:
-    """Two forward passes, each of which writes the running statistics, before either is differentiated twice. The
-    hypergradient is linear in the mean only through A, so the reference is a dense solve with autograd's Hessian."""
+    """Two forward passes, each of which writes the running statistics, before either is differentiated twice.
+    The hypergradient is linear in the mean only through A, so the reference is a dense solve with
+    autograd's Hessian."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1)).double()
     tune = [Hyperparameter("weight_decay", init=0.5)]
-    hyper = wrapped(model, tune, Implicit(Cholesky(damping=4.0), num_batches=2), partial(torch.optim.SGD, lr=0.0))
+    hyper = wrapped(
+        model, tune, Implicit(Cholesky(damping=4.0), num_batches=2), partial(torch.optim.SGD, lr=0.0)
+    )
     batches, val = [random_batch(8, 4, seed) for seed in range(2)], random_batch(8, 4, 9)
     for batch in batches:
         hyper.step(batch)
@@ -258,7 +281,9 @@ def test_a_long_unroll_tends_to_the_implicit_answer() -> None:
         torch.manual_seed(0)
         model = nn.Linear(6, 1, bias=False).double()
         tune = [Hyperparameter("weight_decay", per="element", init=RIDGE.decay)]
-        hyper = wrapped(model, tune, Unrolled(max_snapshots=20), partial(torch.optim.SGD, lr=0.3), train_loss=RIDGE.loss)
+        hyper = wrapped(
+            model, tune, Unrolled(max_snapshots=20), partial(torch.optim.SGD, lr=0.3), train_loss=RIDGE.loss
+        )
         train_to_optimum(hyper, [RIDGE.train], num_steps)
         return entry(hyper.hypergradient(RIDGE.val))
 
@@ -270,7 +295,11 @@ def test_a_long_unroll_tends_to_the_implicit_answer() -> None:
 def minimize(model: nn.Module, loss: Callable[[], Tensor]) -> None:
     """Minimization to machine precision: torch's own LBFGS, then two steps of Newton's method."""
     optimizer = torch.optim.LBFGS(
-        model.parameters(), max_iter=2000, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+        model.parameters(),
+        max_iter=2000,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
@@ -293,7 +322,8 @@ def minimize(model: nn.Module, loss: Callable[[], Tensor]) -> None:
 
 
 def test_implicit_against_finite_differences_of_training_to_convergence() -> None:
-    """A tanh network with one decay for each tensor, trained to its optimum by another optimizer for each value."""
+    """A tanh network with one decay for each tensor, trained to its optimum
+    by another optimizer for each value."""
     batch, val = random_batch(30, 4, 0), random_batch(30, 4, 1)
     model = tanh_mlp(1)
 
@@ -321,7 +351,8 @@ def test_implicit_against_finite_differences_of_training_to_convergence() -> Non
 
 
 def test_tuned_tensors_in_the_training_loss() -> None:
-    """One weight for each training example: -(x_i r_i) . q at the optimum of weighted ridge, written out by hand."""
+    """One weight for each training example: -(x_i r_i) . q at the optimum of weighted ridge,
+    written out by hand."""
     x, y = RIDGE.train
     weights = torch.ones(len(x), dtype=torch.float64, requires_grad=True)
 
@@ -388,7 +419,13 @@ def test_unrolled_gradient_descent_follows_its_own_recursion(num_steps: int) -> 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.05)
     tune = [Hyperparameter("lr"), Hyperparameter("weight_decay")]
     hyper = HyperOptimizer(
-        model, optimizer, problem.train_loss, tune, Unrolled(), partial(torch.optim.SGD, lr=0.0), val_loss=problem.val_loss
+        model,
+        optimizer,
+        problem.train_loss,
+        tune,
+        Unrolled(),
+        partial(torch.optim.SGD, lr=0.0),
+        val_loss=problem.val_loss,
     )
     for _ in range(num_steps):
         hyper.step(None)
@@ -416,7 +453,9 @@ def test_truncation_counts_the_last_steps_alone() -> None:
         if t == 6:
             later = GradientDescent(problem.hessian, problem.c, model.w.detach().clone(), problem.target)
         hyper.step(None)
-    assert hyper.hypergradient(None)["lr/group0"].item() == pytest.approx(later.hypergradient(0.1, 0.05, 4)[0], rel=1e-10)
+    assert hyper.hypergradient(None)["lr/group0"].item() == pytest.approx(
+        later.hypergradient(0.1, 0.05, 4)[0], rel=1e-10
+    )
 
 
 def test_the_validation_loss_of_the_report() -> None:

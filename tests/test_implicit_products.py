@@ -1,4 +1,5 @@
-"""Implicit hypergradients whose products take another way than double backward, against dense linear algebra."""
+"""Implicit hypergradients whose products take another way than double backward,
+against dense linear algebra."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from torch.func import functional_call
 
 from problems import FROZEN, mse, random_batch
 from torch_hypergrad import CG, HyperOptimizer, Hyperparameter, Implicit
-from torch_hypergrad.second_order import SecondOrder
+from torch_hypergrad.step.second_order import SecondOrder
 
 DAMPING = 1.0
 BATCHES = [random_batch(16, 4, seed) for seed in range(4)]
@@ -32,7 +33,9 @@ def dense_reference(model: nn.Module, strength: Tensor, decay: float) -> tuple[T
         errors = [(functional_call(model, own, (x,)) - y).square().mean() for x, y in batches]
         return sum(errors) / len(errors) + strength * theta.square().sum()
 
-    hessian = torch.autograd.functional.hessian(lambda theta: loss(theta, BATCHES[-2:], strength.detach()), flat)
+    hessian = torch.autograd.functional.hessian(
+        lambda theta: loss(theta, BATCHES[-2:], strength.detach()), flat
+    )
     system = hessian + (decay + DAMPING) * torch.eye(len(flat), dtype=flat.dtype)
     theta = flat.clone().requires_grad_()
     (b,) = torch.autograd.grad(loss(theta, [VAL], torch.zeros((), dtype=flat.dtype)), theta)
@@ -40,7 +43,9 @@ def dense_reference(model: nn.Module, strength: Tensor, decay: float) -> tuple[T
     return -q * flat, -2 * (q @ flat)
 
 
-@pytest.mark.parametrize(("second_order", "rtol"), [("reverse", 1e-9), ("forward", 1e-9), ("finite_difference", 1e-7)])
+@pytest.mark.parametrize(
+    ("second_order", "rtol"), [("reverse", 1e-9), ("forward", 1e-9), ("finite_difference", 1e-7)]
+)
 def test_every_way_gives_the_dense_answer(second_order: SecondOrder, rtol: float) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
@@ -66,7 +71,9 @@ def test_every_way_gives_the_dense_answer(second_order: SecondOrder, rtol: float
 
 
 def test_gauss_newton_goes_with_double_backward() -> None:
-    with pytest.raises(ValueError, match=r"curvature='gauss_newton' .* second_order='reverse', got 'forward'"):
+    with pytest.raises(
+        ValueError, match=r"curvature='gauss_newton' .* second_order='reverse', got 'forward'"
+    ):
         Implicit(CG(), curvature="gauss_newton", second_order="forward")
 
 

@@ -1,5 +1,5 @@
-"""``Unrolled(max_graphs=N)`` never changes the answer, keeps at most N graphs, and leaves parameters where they are. Here
-too are counts that guard what a step costs."""
+"""``Unrolled(max_graphs=N)`` never changes the answer, keeps at most N graphs, and leaves parameters where
+they are. Here too are counts that guard what a step costs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from problems import FROZEN, GradientDescent, mse, random_batch, tanh_mlp
 from test_modules import ADAM, SGD, build
-from torch_hypergrad import HyperOptimizer, Hyperparameter, TrajectoryError, Unrolled, model_state
-from torch_hypergrad.buckets import Bucket
-from torch_hypergrad.second_order import Reverse
+from torch_hypergrad import HyperOptimizer, Hyperparameter, TrajectoryError, Unrolled
+from torch_hypergrad.ground.buckets import Bucket
+from torch_hypergrad.step import live_model
+from torch_hypergrad.step.reverse import Reverse
 from torch_hypergrad.testing import check_hypergradient
 
 NUM_STEPS = 6
@@ -33,13 +34,19 @@ every_count = pytest.mark.parametrize("max_graphs", COUNTS)
 
 
 def made(
-    max_graphs: int | None, make: Callable[[], nn.Module] = tanh_mlp, tune: Any = None, optimizer: Any = SGD, **options: Any
+    max_graphs: int | None,
+    make: Callable[[], nn.Module] = tanh_mlp,
+    tune: Any = None,
+    optimizer: Any = SGD,
+    **options: Any,
 ) -> HyperOptimizer:
     torch.manual_seed(0)
     model = make()
     method = Unrolled(max_graphs=max_graphs, **options.pop("method", {}))
     loss, hyper = options.pop("train_loss", mse), options.pop("hyper_optimizer", FROZEN)
-    return HyperOptimizer(model, optimizer(model.parameters()), loss, tune or [DECAY], method, hyper, val_loss=mse, **options)
+    return HyperOptimizer(
+        model, optimizer(model.parameters()), loss, tune or [DECAY], method, hyper, val_loss=mse, **options
+    )
 
 
 def train(hyper: HyperOptimizer, batches: Any = BATCHES) -> HyperOptimizer:
@@ -55,7 +62,7 @@ def assert_all_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol
         torch.testing.assert_close(found[name], value, rtol=rtol, atol=1e-14)
 
 
-# ---- the answer -----------------------------------------------------------------------------------------------------
+# ---- the answer --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("truncation", [None, 4])
@@ -67,7 +74,7 @@ def test_gradient_descent_on_a_quadratic(max_graphs: int, truncation: int | None
         max_graphs, problem.model, tune, partial(torch.optim.SGD, lr=0.05), train_loss=problem.train_loss,
         method={"truncation": truncation},
     )  # fmt: skip
-    hyper._val_loss = problem.val_loss
+    hyper._problem.objective.loss = problem.val_loss
     start = problem.start
     for t in range(NUM_STEPS):
         if truncation is not None and t == NUM_STEPS - truncation:
@@ -76,7 +83,9 @@ def test_gradient_descent_on_a_quadratic(max_graphs: int, truncation: int | None
     from_there = GradientDescent(problem.hessian, problem.c, start, problem.target)
     expected = from_there.hypergradient(0.05, 0.2, truncation or NUM_STEPS)
     for _ in range(2):  # the second time the steps are replayed
-        assert [g.item() for g in hyper.hypergradient(None).values()] == pytest.approx(list(expected), rel=1e-12)
+        assert [g.item() for g in hyper.hypergradient(None).values()] == pytest.approx(
+            list(expected), rel=1e-12
+        )
 
 
 KINDS = ["batch_norm", "dropout", "lstm", "tied", "frozen", "sometimes", "convolution", "rebinding"]
@@ -118,7 +127,8 @@ def twin() -> nn.Module:
 
 
 def switching(hyper: HyperOptimizer, t: int) -> None:
-    """BatchNorm in eval mode, whose graph holds its statistics, then in train mode, which writes them, and back."""
+    """BatchNorm in eval mode, whose graph holds its statistics, then in train mode,
+    which writes them, and back."""
     hyper.model.train(t in (2, 3))
 
 
@@ -139,8 +149,8 @@ def with_graphs_of_its_own(hyper: HyperOptimizer, t: int) -> None:
 @pytest.mark.parametrize("make", [normalized, twin], ids=lambda f: f.__name__)
 @every_count
 def test_what_happens_between_steps(max_graphs: int, make: Any, between: Any) -> None:
-    """Without graphs every step is replayed with the buffers restored, which ``test_modules.py`` holds to finite
-    differences."""
+    """Without graphs every step is replayed with the buffers restored, which ``test_modules.py`` holds
+    to finite differences."""
     kept, replayed = made(max_graphs, make), made(None, make)
     for hyper in (kept, replayed):
         buffers = list(hyper.model.buffers())
@@ -154,7 +164,8 @@ def test_what_happens_between_steps(max_graphs: int, make: Any, between: Any) ->
 
 
 @pytest.mark.parametrize(
-    "method", [{"truncation": 2}, {"truncation": 4}, {"max_snapshots": 2}, {"truncation": 3, "max_snapshots": 2}]
+    "method",
+    [{"truncation": 2}, {"truncation": 4}, {"max_snapshots": 2}, {"truncation": 3, "max_snapshots": 2}],
 )
 @every_count
 def test_with_truncation_and_snapshots(max_graphs: int, method: Any) -> None:
@@ -165,10 +176,10 @@ def test_with_truncation_and_snapshots(max_graphs: int, method: Any) -> None:
 
 def test_graphs_that_do_not_count_are_not_kept() -> None:
     hyper = train(made(50, method={"truncation": 2}))
-    assert len(hyper._recording._graphs) == 2  # type: ignore[attr-defined]
+    assert len(hyper._window._history._graphs) == 2  # type: ignore[attr-defined]
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
 def plain(make: Callable[[], nn.Module], optimizer: Any) -> nn.Module:
@@ -200,7 +211,9 @@ def test_trajectory_is_that_of_the_plain_loop(kind: str, name: str) -> None:
     unread = torch.zeros((), dtype=torch.float64, requires_grad=True)
     ours = train(made(3, make, [unread], optimizer)).model.state_dict()
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
-    tuned = train(made(3, make, [Hyperparameter("lr"), Hyperparameter("weight_decay", per="element")], optimizer))
+    tuned = train(
+        made(3, make, [Hyperparameter("lr"), Hyperparameter("weight_decay", per="element")], optimizer)
+    )
     assert_all_close(tuned.model.state_dict(), theirs)
 
 
@@ -227,10 +240,13 @@ def test_parameters_stay_the_same_objects_in_the_same_memory() -> None:
 
 
 def test_windows_saving_and_restart() -> None:
-    """Hypergradients in the middle, a checkpoint in the middle, hyper steps and a restart: as without graphs."""
+    """Hypergradients in the middle, a checkpoint in the middle,
+    hyper steps and a restart: as without graphs."""
     stories = []
     for max_graphs in (4, None):
-        hyper = made(max_graphs, normalized, optimizer=ADAM, hyper_optimizer=partial(torch.optim.SGD, lr=1e-2))
+        hyper = made(
+            max_graphs, normalized, optimizer=ADAM, hyper_optimizer=partial(torch.optim.SGD, lr=1e-2)
+        )
         story = []
         train(hyper, BATCHES[:3])
         story += [hyper.hypergradient(VAL), hyper.hypergradient(VAL)]
@@ -252,7 +268,7 @@ def test_windows_saving_and_restart() -> None:
         assert_all_close(ours, theirs, rtol=1e-11)
 
 
-# ---- what is refused, and what an error leaves behind -----------------------------------------------------------------
+# ---- what is refused, and what an error leaves behind ------------------------------------------------------
 
 
 def write_in_place(hyper: HyperOptimizer) -> None:
@@ -268,7 +284,9 @@ def replace_memory(hyper: HyperOptimizer) -> None:
     hyper.model[0].weight.data = hyper.model[0].weight.data * 1.01
 
 
-@pytest.mark.parametrize("write", [write_in_place, write_through_data, replace_memory], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "write", [write_in_place, write_through_data, replace_memory], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("at_the_end", [False, True])
 def test_writing_in_the_middle_is_refused(write: Any, at_the_end: bool) -> None:
     hyper = train(made(2), BATCHES[:3])
@@ -318,7 +336,9 @@ def test_an_error_in_the_loss_leaves_everything_in_place(max_graphs: int | None)
 
 
 @pytest.mark.parametrize("max_graphs", [2, None])
-def test_an_error_while_parameters_are_pointed_elsewhere(max_graphs: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_parameters_are_pointed_elsewhere(
+    max_graphs: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As when memory runs out after the first parameter."""
     hyper = train(made(max_graphs), BATCHES[:3])
     places = [p.data_ptr() for p in hyper.model.parameters()]
@@ -332,7 +352,7 @@ def test_an_error_while_parameters_are_pointed_elsewhere(max_graphs: int | None,
         return piece
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_state, "laid_out_as", failing)
+        patch.setattr(live_model, "laid_out_as", failing)
         with pytest.raises(MemoryError, match="from the test"):
             hyper.hypergradient(VAL)
     assert [p.data_ptr() for p in hyper.model.parameters()] == places
@@ -364,7 +384,9 @@ def test_a_loss_that_writes_to_parameters_is_refused(max_graphs: int | None) -> 
         with pytest.raises(ValueError, match=r"train_loss wrote to the parameter '0\.weight'"):
             train(made(max_graphs, train_loss=loss))
     with pytest.raises(ValueError, match=r"train_loss wrote to the parameter '0.weight'.*max_norm"):
-        made(max_graphs, bounded_embedding).step((torch.tensor([0, 1, 2]), torch.zeros(3, 1, dtype=torch.float64)))
+        made(max_graphs, bounded_embedding).step(
+            (torch.tensor([0, 1, 2]), torch.zeros(3, 1, dtype=torch.float64))
+        )
 
 
 @pytest.mark.parametrize("max_graphs", [2, None])
@@ -394,7 +416,7 @@ def test_moving_a_parameter_without_changing_it_is_allowed() -> None:
         assert_all_close(train(made(max_graphs, train_loss=train_loss)).hypergradient(VAL), expected)
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------------
+# ---- memory ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -413,7 +435,9 @@ def live_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
 
 
 @pytest.mark.parametrize(("max_graphs", "most"), [(1, 1), (3, 3), (50, NUM_STEPS), (None, 0)])
-def test_the_number_of_live_graphs_is_bounded(max_graphs: int | None, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_live_graphs_is_bounded(
+    max_graphs: int | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with live_graphs(monkeypatch) as count:
         hyper = made(max_graphs)
         for t, batch in enumerate(BATCHES):
@@ -427,7 +451,8 @@ def test_the_number_of_live_graphs_is_bounded(max_graphs: int | None, most: int,
 
 
 def test_graphs_of_old_steps_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What autograd saves is freed with the step, also what it saved of buffers and of views of parameters."""
+    """What autograd saves is freed with the step, also what it saved
+    of buffers and of views of parameters."""
     saved: list[weakref.ref[Any]] = []
 
     class Held:
@@ -449,7 +474,7 @@ def test_graphs_of_old_steps_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(counts[2:])) == 1
 
 
-# ---- how much is done -------------------------------------------------------------------------------------------------
+# ---- how much is done --------------------------------------------------------------------------------------
 
 WIDTH = 1009  # a prime, so that nothing else has the length of the vector of all weights
 
@@ -457,7 +482,19 @@ WIDTH = 1009  # a prime, so that nothing else has the length of the vector of al
 class LongOperations(TorchDispatchMode):
     """Counts operations that compute or copy a tensor as long as all parameters together; views are free."""
 
-    FREE = ("view", "split", "detach", "empty", "alias", "slice", "expand", "as_strided", "unsqueeze", "narrow", "select")
+    FREE = (
+        "view",
+        "split",
+        "detach",
+        "empty",
+        "alias",
+        "slice",
+        "expand",
+        "as_strided",
+        "unsqueeze",
+        "narrow",
+        "select",
+    )
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -498,8 +535,9 @@ def test_passes_over_memory_of_a_recorded_step() -> None:
 
 
 def test_passes_over_memory_of_a_replayed_step() -> None:
-    """One step more in the window is one more in the sweep: the gradient put together, five operations back through the
-    rule, the adjoint's norm; what is added to the adjoint parameter by parameter does not show here."""
+    """One step more in the window is one more in the sweep: the gradient put together, five operations back
+    through the rule, the adjoint's norm; what is added to the adjoint parameter by parameter
+    does not show here."""
     counts = []
     for num_steps in (4, 5):
         hyper = long_hyper(Unrolled())
@@ -510,7 +548,9 @@ def test_passes_over_memory_of_a_replayed_step() -> None:
     assert len(counts[1]) - len(counts[0]) <= 7, counts[1]
 
 
-def test_a_recorded_step_copies_no_parameters_that_nobody_has_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recorded_step_copies_no_parameters_that_nobody_has_touched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gathered: list[Bucket] = []
     original = Bucket.gather
 
@@ -521,8 +561,8 @@ def test_a_recorded_step_copies_no_parameters_that_nobody_has_touched(monkeypatc
     hyper = long_hyper(Unrolled())
     params = list(hyper.model.parameters())
     hyper.step(LONG[0])
-    state = hyper._training.capture()
-    again = hyper._training.capture()
+    state = hyper._problem.live.state()
+    again = hyper._problem.live.state()
     assert all(a is b for a, b in zip(state.params, again.params))
     monkeypatch.setattr(Bucket, "gather", gather)
     hyper.step(LONG[1])
@@ -533,5 +573,5 @@ def test_a_recorded_step_copies_no_parameters_that_nobody_has_touched(monkeypatc
     written = params[0].detach().clone()
     hyper.step(LONG[2])
     assert len(gathered) == 3  # parameters and gradients
-    ((_, state),) = hyper._recording._trajectory.backward()  # type: ignore[attr-defined]
+    ((_, state, _),) = hyper._window._history.visits()  # type: ignore[attr-defined]
     assert torch.equal(state.params[0][:WIDTH], written[0])

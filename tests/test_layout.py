@@ -1,5 +1,5 @@
-"""Vectors, values laid out for the update rules and the transpose of that, and the plan by which a sweep goes back with
-few snapshots, for any shapes and numbers: hypothesis chooses them."""
+"""Vectors, values laid out for the update rules and the transpose of that, and the plan by which a sweep goes
+back with few snapshots, for any shapes and numbers: hypothesis chooses them."""
 
 import math
 import weakref
@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_hypergrad.buckets import Bucket
-from torch_hypergrad.granularity import PerElement, PerGroup, PerStep, PerTensor
-from torch_hypergrad.trajectory import Trajectory, next_snapshot
-from torch_hypergrad.vectors import Layout
+from torch_hypergrad.ground.buckets import Bucket
+from torch_hypergrad.ground.vectors import Layout
+from torch_hypergrad.history.snapshots import Snapshots, next_snapshot
+from torch_hypergrad.tune.granularity import PerElement, PerGroup, PerStep, PerTensor
 
 DOUBLE = partial(torch.tensor, dtype=torch.float64)
 FROZEN = partial(torch.optim.SGD, lr=0.0)
@@ -30,7 +30,7 @@ def filled(shape, value):
     return torch.full(shape, value, dtype=torch.float64)
 
 
-# ---- vectors --------------------------------------------------------------------------------------------------------
+# ---- vectors -----------------------------------------------------------------------------------------------
 
 SHAPES = st.lists(st.lists(st.integers(0, 3), max_size=3).map(torch.Size), min_size=1, max_size=5)
 
@@ -90,7 +90,7 @@ def test_add_at_is_the_transpose_of_take(drawn):
     close(vector @ (after - total), layout.take(vector, some) @ part)
 
 
-# ---- values laid out for the rules ----------------------------------------------------------------------------------
+# ---- values laid out for the rules -------------------------------------------------------------------------
 
 GRANULARITIES = {"group": PerGroup(), "tensor": PerTensor(), "element": PerElement(), "step": PerStep()}
 NUM_STEPS = 4
@@ -103,7 +103,9 @@ def buckets_of_a_group(draw):
     flat = draw(st.booleans())
     chosen = [some] if flat else [(i,) for i in some]
     double, cpu = torch.float64, torch.device("cpu")
-    buckets = [Bucket(0, part, part, Layout([layout.shapes[i] for i in part]), flat, double, cpu) for part in chosen]
+    buckets = [
+        Bucket(0, part, part, Layout([layout.shapes[i] for i in part]), flat, double, cpu) for part in chosen
+    ]
     return layout, buckets, generator
 
 
@@ -151,17 +153,23 @@ def test_a_bucket_gets_the_values_of_its_own_parameters(per):
     own = Layout([torch.Size([2]), torch.Size([1])])
     bucket = Bucket(0, (4, 6), (0, 2), own, True, torch.float64, torch.device("cpu"))
     expected = {"group": 7.0, "tensor": [1.0, 1.0, 3.0], "element": [1.0, 2.0, 6.0], "step": 2.0}
-    values = {"group": DOUBLE(7.0), "tensor": DOUBLE([1, 2, 3]), "element": DOUBLE(range(1, 7)), "step": DOUBLE([1, 2])}
+    values = {
+        "group": DOUBLE(7.0),
+        "tensor": DOUBLE([1, 2, 3]),
+        "element": DOUBLE(range(1, 7)),
+        "step": DOUBLE([1, 2]),
+    }
     assert GRANULARITIES[per].lay_out(values[per], layout, bucket, 1).tolist() == expected[per]
 
 
-# ---- going back with few snapshots ----------------------------------------------------------------------------------
+# ---- going back with few snapshots -------------------------------------------------------------------------
 
 
 @cache
 def fewest_replays(num_states, num_free):
-    """By dynamic programming: the fewest steps taken again to visit ``num_states`` states, last first, from the first
-    one and with room for ``num_free`` more. The next one to set aside is tried at every distance."""
+    """By dynamic programming: the fewest steps taken again to visit ``num_states`` states, last first,
+    from the first one and with room for ``num_free`` more. The next one to set aside is tried
+    at every distance."""
     if num_states == 1:
         return 0
     if num_free == 0:
@@ -173,7 +181,8 @@ def fewest_replays(num_states, num_free):
 
 
 def go_back(num_states, num_free):
-    """The replays and the most places used on the way back through ``num_states`` states by ``next_snapshot``."""
+    """The replays and the most places used on the way back through ``num_states`` states
+    by ``next_snapshot``."""
     replays, most = 0, 0
     aside = [0]  # the known state takes no place
     for t in reversed(range(num_states)):
@@ -201,8 +210,8 @@ def test_no_plan_needs_fewer_replays(num_states, num_free):
 @quickly
 @given(st.integers(2, 3000), st.integers(1, 30))
 def test_replays_are_binomial(num_states, num_free):
-    """Griewank and Walther 2000: with s = c + 1 snapshots, and r so that C(s + r - 1, r - 1) < n <= C(s + r, r), it
-    takes r n - C(s + r, r - 1) steps."""
+    """Griewank and Walther 2000: with s = c + 1 snapshots, and r so that
+    C(s + r - 1, r - 1) < n <= C(s + r, r), it takes r n - C(s + r, r - 1) steps."""
     s = num_free + 1
     r = next(r for r in range(num_states) if math.comb(s + r, r) >= num_states)
     replays, most = go_back(num_states, num_free)
@@ -225,7 +234,7 @@ class FakeTraining:
 
     num_replays = 0
 
-    def replay(self, step, state):
+    def apply(self, step, state):
         assert step == state.t, "a step is taken again from the state before it"
         self.num_replays += 1
         return Counted(state.t + 1)
@@ -241,7 +250,7 @@ def test_a_trajectory_goes_back_within_its_budget(num_steps, max_snapshots, trun
     if truncation is not None and max_snapshots == 1:
         max_snapshots = 2
     training = FakeTraining()
-    trajectory = Trajectory(training, truncation, max_snapshots, None)
+    trajectory = Snapshots(training, truncation, max_snapshots)
     budget = num_steps if max_snapshots is None else max_snapshots
     for t in range(num_steps):
         trajectory.record(t, Counted(t))
@@ -249,7 +258,7 @@ def test_a_trajectory_goes_back_within_its_budget(num_steps, max_snapshots, trun
     first = 0 if truncation is None else max(0, num_steps - truncation)
     assert list(trajectory.steps()) == list(range(first, num_steps))
     visited = []
-    for step, state in trajectory.backward():
+    for step, state, _ in trajectory.visits():
         assert step == state.t
         visited.append(step)
         assert len(Counted.alive) <= (budget if max_snapshots is None else 2 * max_snapshots + 3)

@@ -1,7 +1,7 @@
 """Every update rule with every continuous setting, at every granularity: the hypergradient is right.
 
-Reference: finite differences of training with plain ``torch.optim``, to 1e-5 (see ``cells.py``), and Unrolled against
-ForwardMode, which share the update rules and nothing else, to 1e-9.
+Reference: finite differences of training with plain ``torch.optim``, to 1e-5 (see ``cells.py``),
+and Unrolled against ForwardMode, which share the update rules and nothing else, to 1e-9.
 
 ``python tests/test_matrix.py`` prints the table.
 """
@@ -51,7 +51,9 @@ def test_unrolled_equals_finite_differences_of_plain_torch(cell: Cell) -> None:
 
 
 @pytest.mark.parametrize(("row", "per", "zero"), FORWARD, ids=lambda part: getattr(part, "name", str(part)))
-def test_forward_mode_equals_unrolled_with_all_settings_tuned_at_once(row: Row, per: str, zero: str | None) -> None:
+def test_forward_mode_equals_unrolled_with_all_settings_tuned_at_once(
+    row: Row, per: str, zero: str | None
+) -> None:
     check_forward_mode(row, per, zero)
 
 
@@ -66,7 +68,11 @@ def test_the_table_has_every_tunable_setting_of_every_rule() -> None:
 
 
 def test_every_optimizer_of_torch_has_a_row_or_is_known_to_have_no_rule() -> None:
-    kinds = {n for n, kind in vars(torch.optim).items() if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)}
+    kinds = {
+        n
+        for n, kind in vars(torch.optim).items()
+        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)
+    }
     assert kinds - {"Optimizer"} == {row.optimizer for row in ROWS} | WITHOUT_RULE & kinds
 
 
@@ -100,7 +106,10 @@ def print_table() -> int:
     with exact():
         for (row, setting, start), cells in groupby(CELLS, lambda cell: (cell.row, cell.setting, cell.start)):
             found = {cell.per: verdict(str(cell), check, cell) for cell in cells}
-            print(f"{row.name:<26}{f'{setting} = {start:g}':<34}" + "".join(f"{found.get(p, '-'):<9}" for p in GRANULARITIES))
+            print(
+                f"{row.name:<26}{f'{setting} = {start:g}':<34}"
+                + "".join(f"{found.get(p, '-'):<9}" for p in GRANULARITIES)
+            )
         for row, per, zero in FORWARD:
             verdict(f"ForwardMode, {row.name} per {per}, {zero} from 0", check_forward_mode, row, per, zero)
     for line in wrong:

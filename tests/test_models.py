@@ -26,7 +26,7 @@ def refused(config, image_shape=(1, 8, 8)):
     return str(caught.value)
 
 
-# ---- networks -------------------------------------------------------------------------------------------------------
+# ---- networks ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 5, 3), (3, 1, 1)], ids=str)
@@ -82,7 +82,10 @@ def test_dropout_acts_in_training_alone(name):
 
 def test_norms_of_the_resnet():
     kinds = {
-        norm: Counter(type(m) for m in make_model(ModelConfig("resnet18", options={"norm": norm}), (3, 8, 8), 10).modules())
+        norm: Counter(
+            type(m)
+            for m in make_model(ModelConfig("resnet18", options={"norm": norm}), (3, 8, 8), 10).modules()
+        )
         for norm in ("batch", "group")
     }
     assert kinds["batch"][nn.BatchNorm2d] == kinds["group"][nn.GroupNorm] == 20
@@ -110,7 +113,11 @@ def test_networks_are_differentiable_twice(name):
         ("cnn", {"width": 0}, ["model.options: CNN refused", "width must be at least 1"]),
         ("cnn", {"image_shape": [1, 2, 3]}, ["CNN has no image_shape"]),
         ("linear", {"hidden": [3]}, ["linear has no hidden", "no options"]),
-        ("resnet18", {"norm": "layer"}, ["model.options.norm: got 'layer', expected Literal['batch', 'group']."]),
+        (
+            "resnet18",
+            {"norm": "layer"},
+            ["model.options.norm: got 'layer', expected Literal['batch', 'group']."],
+        ),
     ],
 )
 def test_options_that_a_network_does_not_take_are_refused(name, options, parts):
@@ -118,7 +125,7 @@ def test_options_that_a_network_does_not_take_are_refused(name, options, parts):
     assert all(part in message for part in parts), message
 
 
-# ---- networks of one's own ------------------------------------------------------------------------------------------
+# ---- networks of one's own ---------------------------------------------------------------------------------
 
 OWN = """
 import torch
@@ -158,7 +165,8 @@ def my_net(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("my_net")
 def test_a_network_in_the_current_folder():
     model = make_model(ModelConfig("resnet18", module="my_net.MyNet", options={"width": 6}), (1, 8, 8), 10)
-    assert model.lazy.weight.shape == (6, 64)  # lazy layers have their shapes, so that an optimizer can take them
+    # Lazy layers have their shapes, so that an optimizer can take them.
+    assert model.lazy.weight.shape == (6, 64)
     assert model.training
     assert model.norm.num_batches_tracked == 0  # the trial left no trace
     assert model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
@@ -180,9 +188,17 @@ def test_a_network_in_the_current_folder():
         ("my_net.MyNet", {"widht": 3}, ["model.options: MyNet has no widht", "Did you mean width?"]),
         ("my_net.MyNet", {"width": "x"}, ["model.options.width: got 'x', expected int"]),
         ("my_net.MyNet", {"width": -1}, ["model.options: MyNet refused {'width': -1}"]),
-        ("my_net.MyNet", {"num_classes": 3}, ["gives (2, 3) for images of shape (2, 1, 8, 8), expected (2, 10)"]),
+        (
+            "my_net.MyNet",
+            {"num_classes": 3},
+            ["gives (2, 3) for images of shape (2, 1, 8, 8), expected (2, 10)"],
+        ),
         ("my_net.Pair", {}, ["gives tuple for images"]),
-        ("torch.nn.Linear", {"in_features": 3, "out_features": 10}, ["torch.nn.Linear fails on images", "RuntimeError"]),
+        (
+            "torch.nn.Linear",
+            {"in_features": 3, "out_features": 10},
+            ["torch.nn.Linear fails on images", "RuntimeError"],
+        ),
     ],
 )
 def test_modules_that_are_no_network_for_these_images_are_refused(module, options, parts):
@@ -190,7 +206,7 @@ def test_modules_that_are_no_network_for_these_images_are_refused(module, option
     assert all(part in message for part in parts), message
 
 
-# ---- the augmentation network ---------------------------------------------------------------------------------------
+# ---- the augmentation network ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -199,7 +215,9 @@ def test_the_augmenter_starts_as_the_identity_and_can_leave_it(channels):
     augmenter, images = Augmenter(channels), torch.rand(4, channels, 8, 8)
     out = augmenter(images)
     assert torch.equal(out, images)
-    gradients = dict(zip(names_of(augmenter), torch.autograd.grad(out.square().sum(), list(augmenter.parameters()))))
+    gradients = dict(
+        zip(names_of(augmenter), torch.autograd.grad(out.square().sum(), list(augmenter.parameters())))
+    )
     assert gradients["last.weight"].abs().max() > 0
     assert gradients["last.bias"].abs().max() > 0
 
@@ -236,7 +254,7 @@ def test_the_augmenter_is_differentiable_twice():
     assert torch.autograd.gradgradcheck(loss, subset)
 
 
-# ---- shifts and flips -----------------------------------------------------------------------------------------------
+# ---- shifts and flips --------------------------------------------------------------------------------------
 
 
 def crops_of(image, padding):
@@ -268,7 +286,10 @@ def test_crops_are_shifts_with_zeros_and_flips(padding):
     for new, old in zip(changed, images):
         candidates = crops_of(old, padding).items()
         matches = {
-            (where, flip) for where, crop in candidates for flip in (0, 1) if torch.equal(new.flip(2) if flip else new, crop)
+            (where, flip)
+            for where, crop in candidates
+            for flip in (0, 1)
+            if torch.equal(new.flip(2) if flip else new, crop)
         }
         assert len(matches) == 1
         found |= matches

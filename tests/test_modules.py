@@ -1,4 +1,5 @@
-"""The module battery: trajectories against the plain torch loop, hypergradients against finite differences."""
+"""The module battery: trajectories against the plain torch loop,
+hypergradients against finite differences."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ class Attention(nn.Module):
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.embed, self.head = nn.Linear(1, 8), nn.Linear(8, 1)
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, activation=torch.tanh, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(
+            8, 2, 16, dropout=dropout, activation=torch.tanh, batch_first=True
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layer(self.embed(x[..., None])).mean(1))
@@ -98,7 +101,12 @@ def frozen() -> nn.Module:
 
 def convolution() -> nn.Module:
     return nn.Sequential(
-        nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(3, 1)
+        nn.Unflatten(1, (1, 2, 2)),
+        nn.Conv2d(1, 3, 2, padding=1),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(3, 1),
     )
 
 
@@ -126,10 +134,14 @@ def build(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     return MODELS[kind]().to(dtype)
 
 
-def hyper_optimizer(model: nn.Module, optimizer: Any, tune: Any = None, method: Any = None, **options: Any) -> HyperOptimizer:
+def hyper_optimizer(
+    model: nn.Module, optimizer: Any, tune: Any = None, method: Any = None, **options: Any
+) -> HyperOptimizer:
     tune = tune or [Hyperparameter("weight_decay", per="tensor")]
     loss = options.pop("train_loss", mse)
-    return HyperOptimizer(model, optimizer(model.parameters()), loss, tune, method or Unrolled(), FROZEN, **options)
+    return HyperOptimizer(
+        model, optimizer(model.parameters()), loss, tune, method or Unrolled(), FROZEN, **options
+    )
 
 
 def plain_loop(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Any) -> None:
@@ -155,7 +167,9 @@ def test_trajectory_is_that_of_the_plain_loop(kind: str, optimizer: Any) -> None
     plain_loop(plain, optimizer(plain.parameters()), BATCHES)
     assert torch.equal(after, torch.rand(()))
     for (name, ours), theirs in zip(model.state_dict().items(), plain.state_dict().values()):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-12, atol=1e-14, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["sgd", "adam"])
@@ -167,8 +181,8 @@ def test_hypergradient_is_that_of_finite_differences(kind: str, optimizer: Any) 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 def test_spectral_norm_with_its_vectors_as_constants(name: str) -> None:
-    """Training takes a power iteration at each step. Its vectors are buffers, constants to autograd: the reference
-    trains with the recorded ones and no iteration."""
+    """Training takes a power iteration at each step. Its vectors are buffers, constants to autograd:
+    the reference trains with the recorded ones and no iteration."""
     hyper = hyper_optimizer(build("spectral_norm"), SGD, [Hyperparameter(name)])  # type: ignore[arg-type]
     recorded = []
     for batch in BATCHES:
@@ -268,7 +282,8 @@ def test_a_layer_unfrozen_during_the_trajectory() -> None:
 
 @pytest.mark.parametrize("tuned", ["lr", "betas.0", "weight_decay"])
 def test_dead_relu_units_under_adam_at_default_eps(tuned: str) -> None:
-    """A unit that never fires has zero second moments, where the derivative of the square root is infinite."""
+    """A unit that never fires has zero second moments, where the derivative
+    of the square root is infinite."""
 
     def build_dead() -> nn.Module:
         torch.manual_seed(3)
@@ -285,12 +300,14 @@ def test_dead_relu_units_under_adam_at_default_eps(tuned: str) -> None:
     assert (hyper.optimizer.state[hyper.model[0].weight]["exp_avg_sq"][:2] == 0).all()
     computed = hyper.hypergradient(VAL)
     assert all(g.isfinite().all() for g in computed.values())
-    if tuned != "weight_decay":  # at decay 0 a dead unit's step jumps by lr at the least decay: no derivative to compare
+    # At decay 0 a dead unit's step jumps by lr at the least decay: no derivative to compare.
+    if tuned != "weight_decay":
         check_hypergradient(lambda: hyper_optimizer(build_dead(), optimizer, tune), BATCHES, VAL, rtol=1e-5)
 
 
 def test_autocast_in_bfloat16() -> None:
-    """bf16 rounds in steps, which finite differences see and derivatives do not: the reference is the float32 answer."""
+    """bf16 rounds in steps, which finite differences see and derivatives do not:
+    the reference is the float32 answer."""
 
     def autocast_loss(model: nn.Module, batch: Any) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,4 +1,5 @@
-"""Training steps that the wrapped optimizer takes itself, with Implicit and settings per group: torch's, bit for bit."""
+"""Training steps that the wrapped optimizer takes itself, with Implicit and settings per group:
+torch's, bit for bit."""
 
 from __future__ import annotations
 
@@ -42,8 +43,12 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -
 
 def same_state(hyper: HyperOptimizer, model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     ours, theirs = hyper.optimizer.state_dict()["state"], optimizer.state_dict()["state"]
-    states = all(torch.equal(ours[i][key], value) for i, entry in theirs.items() for key, value in entry.items())
-    return states and all(torch.equal(a, b) for a, b in zip(hyper.model.state_dict().values(), model.state_dict().values()))
+    states = all(
+        torch.equal(ours[i][key], value) for i, entry in theirs.items() for key, value in entry.items()
+    )
+    return states and all(
+        torch.equal(a, b) for a, b in zip(hyper.model.state_dict().values(), model.state_dict().values())
+    )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -1,5 +1,5 @@
-"""Snapshots that leave for host memory beside the computation: what is read before it is there, or given back before it
-is copied, shows on a CPU too, with copies that are made as late as they may be."""
+"""Snapshots that leave for host memory beside the computation: what is read before it is there,
+or given back before it is copied, shows on a CPU too, with copies that are made as late as they may be."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-import torch_hypergrad.trajectory
+import torch_hypergrad.history.snapshots
 from problems import FROZEN, mse
 from test_snapshots import ADAM, BATCHES, VAL, with_state_everywhere
 from torch_hypergrad import HyperOptimizer, Hyperparameter, TrajectoryError, Unrolled
-from torch_hypergrad.offload import Offload
+from torch_hypergrad.device.offload import Offload
 
 NAN = float("nan")
 
 
 class LateCopies:
-    """A side stream that falls behind: nothing is copied before somebody waits, and then in order. It holds sources by
-    weak references alone, as a device holds memory."""
+    """A side stream that falls behind: nothing is copied before somebody waits, and then in order.
+    It holds sources by weak references alone, as a device holds memory."""
 
     def __init__(self) -> None:
         self.queue: list[tuple[Tensor, weakref.ref[Tensor], int]] = []
@@ -58,7 +58,7 @@ class LateCopies:
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> LateCopies:
     copies = LateCopies()
-    monkeypatch.setattr(torch_hypergrad.trajectory, "Offload", partial(Offload, lambda device: copies))
+    monkeypatch.setattr(torch_hypergrad.history.snapshots, "Offload", partial(Offload, lambda device: copies))
     return copies
 
 
@@ -99,8 +99,8 @@ def test_late_copies_give_the_same_bits(options: Any, late: LateCopies) -> None:
 
 
 def test_the_next_snapshot_is_on_its_way_while_one_is_in_use(late: LateCopies) -> None:
-    trajectory = trained(Unrolled(offload="cpu"))._recording._trajectory  # type: ignore[attr-defined]
-    sweep = trajectory.backward()
+    trajectory = trained(Unrolled(offload="cpu"))._window._history  # type: ignore[attr-defined]
+    sweep = trajectory.visits()
     for _ in range(3):
         next(sweep)
         assert late.done < len(late.queue)
@@ -109,7 +109,7 @@ def test_the_next_snapshot_is_on_its_way_while_one_is_in_use(late: LateCopies) -
 
 
 def test_snapshots_leave_while_training_goes_on_and_one_at_a_time(late: LateCopies) -> None:
-    trajectory = trained(Unrolled(offload="cpu"), 6)._recording._trajectory  # type: ignore[attr-defined]
+    trajectory = trained(Unrolled(offload="cpu"), 6)._window._history  # type: ignore[attr-defined]
     in_snapshot = sum(isinstance(leaf, Tensor) for leaf in trajectory._snapshots[5].leaves)
     assert late.done < len(late.queue)  # the last has not been waited for
     assert late.most_waiting <= in_snapshot + len(BATCHES[0])
@@ -117,7 +117,7 @@ def test_snapshots_leave_while_training_goes_on_and_one_at_a_time(late: LateCopi
 
 def test_device_memory_of_snapshots_is_given_back(late: LateCopies) -> None:
     hyper = trained(Unrolled(offload="cpu"), 6)
-    trajectory = hyper._recording._trajectory  # type: ignore[attr-defined]
+    trajectory = hyper._window._history  # type: ignore[attr-defined]
     hyper.step(BATCHES[6])
     gc.collect()
     held = {id(t) for _, _, pairs in trajectory._offload._leaving for _, t in pairs}

@@ -12,7 +12,9 @@ from torch_hypergrad.experiment.options import call_with_options, check_options
 DENSE = [
     kind
     for kind in vars(torch.optim).values()
-    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+    if isinstance(kind, type)
+    and issubclass(kind, torch.optim.Optimizer)
+    and kind is not torch.optim.Optimizer
 ]
 
 
@@ -45,7 +47,9 @@ def test_every_optimizer_takes_its_defaults_and_a_learning_rate(kind):
 
 def test_a_list_becomes_the_tuple_that_betas_are():
     assert optimizer(torch.optim.Adam, {"lr": 0.1, "betas": [0.5, 0.9]}).defaults["betas"] == (0.5, 0.9)
-    assert optimizer(torch.optim.SGD, {"lr": 1, "momentum": 0.9, "nesterov": True}).defaults["nesterov"] is True
+    assert (
+        optimizer(torch.optim.SGD, {"lr": 1, "momentum": 0.9, "nesterov": True}).defaults["nesterov"] is True
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,11 @@ def test_schedulers_do_what_they_do_when_called_directly(kind, options):
 @pytest.mark.parametrize(
     ("kind", "options", "parts"),
     [
-        (torch.optim.SGD, {"momentun": 0.9}, ["optimizer.options: SGD has no momentun", "Did you mean momentum?"]),
+        (
+            torch.optim.SGD,
+            {"momentun": 0.9},
+            ["optimizer.options: SGD has no momentun", "Did you mean momentum?"],
+        ),
         (torch.optim.SGD, {"zzz": 0.9}, ["SGD has no zzz", "It has lr, momentum"]),
         (torch.optim.SGD, {"params": []}, ["SGD has no params"]),
         (torch.optim.SGD, {"lr.x": 0.1}, ["SGD has no lr.x", "lr"]),
@@ -88,7 +96,11 @@ def test_schedulers_do_what_they_do_when_called_directly(kind, options):
         (torch.optim.SGD, {"lr": 0.1, "nesterov": 3}, ["optimizer.options.nesterov: got 3, expected bool"]),
         (torch.optim.Adam, {"betas": 0.9}, ["optimizer.options.betas: got 0.9, expected ", "uple["]),
         (torch.optim.Adam, {"betas": [0.9]}, ["optimizer.options.betas: got [0.9], expected ", "uple["]),
-        (torch.optim.SGD, {"lr": -1.0}, ["optimizer.options: SGD refused {'lr': -1.0}", "Invalid learning rate"]),
+        (
+            torch.optim.SGD,
+            {"lr": -1.0},
+            ["optimizer.options: SGD refused {'lr': -1.0}", "Invalid learning rate"],
+        ),
         (torch.optim.AdamW, {"betas": [0.9, 1.5]}, ["optimizer.options: AdamW refused", "Invalid beta"]),
         (torch.optim.SGD, {"lr": 0.1, "nesterov": True}, ["SGD refused", "Nesterov"]),
     ],
@@ -133,10 +145,16 @@ class Derived(Untyped):
 def test_classes_without_annotations_take_anything():
     made = call_with_options(Untyped, {"first": [1, "a"], "third": {"x": 1}}, "model.options")
     assert made.all == {"first": [1, "a"], "second": 2, "third": {"x": 1}}
-    assert call_with_options(Derived, {"first": 1, "width": 4}, "k").all == {"first": 1, "second": 2, "width": 4}
+    assert call_with_options(Derived, {"first": 1, "width": 4}, "k").all == {
+        "first": 1,
+        "second": 2,
+        "width": 4,
+    }
     assert "required positional argument: 'first'" in refused(call_with_options, Untyped, {}, "k")
     assert refused(call_with_options, Untyped, {"first": 1, "broken": 1}, "k").endswith(": two lines")
-    assert "k.width: got 'x', expected int" in refused(call_with_options, Derived, {"first": 1, "width": "x"}, "k")
+    assert "k.width: got 'x', expected int" in refused(
+        call_with_options, Derived, {"first": 1, "width": "x"}, "k"
+    )
 
 
 def annotated(sizes: "list[int]", rate: float = 0.5, activation: str = "relu"):
@@ -146,7 +164,10 @@ def annotated(sizes: "list[int]", rate: float = 0.5, activation: str = "relu"):
 def test_functions():
     assert call_with_options(annotated, {"sizes": [1, 2]}, "k") == ([1, 2], 0.5, "relu")
     assert check_options(annotated, {"sizes": [3], "rate": 1}, "k") == {"sizes": [3], "rate": 1.0}
-    assert refused(check_options, annotated, {"sizes": [1, "a"]}, "k") == "k.sizes: got [1, 'a'], expected list[int]."
+    assert (
+        refused(check_options, annotated, {"sizes": [1, "a"]}, "k")
+        == "k.sizes: got [1, 'a'], expected list[int]."
+    )
     assert refused(call_with_options, lambda: None, {"x": 1}, "k").endswith("It takes no options.")
 
 

@@ -1,8 +1,9 @@
 """With nothing tuned away from its value, training is that of plain ``torch.optim``.
 
-Reference: the same steps with the optimizer itself. Weights, buffers and the optimizer's state, in torch's own format, are
-compared bitwise wherever torch's arithmetic is ours. It is not in two cases, which are compared to 1e-12 in float64: with
-a tuned setting, a tensor where torch has a number; and with ``foreach=True`` for the three optimizers in ``REORDERED``.
+Reference: the same steps with the optimizer itself. Weights, buffers and the optimizer's state,
+in torch's own format, are compared bitwise wherever torch's arithmetic is ours. It is not in two cases,
+which are compared to 1e-12 in float64: with a tuned setting, a tensor where torch has a number;
+and with ``foreach=True`` for the three optimizers in ``REORDERED``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch_hypergrad import HyperOptimizer, Hyperparameter, Unrolled
 
 NUM_STEPS = 20
 REORDERED = {"ASGD", "NAdam", "RAdam"}
-"""Their foreach implementation in torch multiplies in another order than their single-tensor one, which is ours."""
+"""Their foreach implementation in torch multiplies in another order than their single-tensor one,
+which is ours."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -44,20 +46,30 @@ OPTIONS = {
     "ASGD": grid(lr=[0.1], lambd=[1e-4, 0.1], t0=[1e6, 3], weight_decay=DECAYS),
     "Adam": grid(lr=[0.01], amsgrad=[False, True], weight_decay=DECAYS, **DECOUPLING),
     "AdamW": grid(lr=[0.01], amsgrad=[False, True], weight_decay=DECAYS),
-    "NAdam": grid(lr=[0.01], decoupled_weight_decay=[False, True], weight_decay=DECAYS, momentum_decay=[4e-3, 0.3]),
-    "RAdam": grid(lr=[0.01], decoupled_weight_decay=[False, True], weight_decay=DECAYS, betas=[(0.9, 0.999), (0.9, 0.5)]),
+    "NAdam": grid(
+        lr=[0.01], decoupled_weight_decay=[False, True], weight_decay=DECAYS, momentum_decay=[4e-3, 0.3]
+    ),
+    "RAdam": grid(
+        lr=[0.01], decoupled_weight_decay=[False, True], weight_decay=DECAYS, betas=[(0.9, 0.999), (0.9, 0.5)]
+    ),
     "Adamax": grid(lr=[0.01], weight_decay=DECAYS),
-    "Adagrad": grid(lr=[0.01], weight_decay=DECAYS, lr_decay=[0.0, 0.1], initial_accumulator_value=[0.0, 0.2]),
+    "Adagrad": grid(
+        lr=[0.01], weight_decay=DECAYS, lr_decay=[0.0, 0.1], initial_accumulator_value=[0.0, 0.2]
+    ),
     "Adadelta": grid(lr=[1.0], weight_decay=DECAYS, rho=[0.9, 0.5]),
     "RMSprop": grid(lr=[0.01], weight_decay=DECAYS, centered=[False, True], momentum=[0.0, 0.5]),
     "Rprop": grid(lr=[0.01], step_sizes=[(1e-6, 50), (1e-2, 2e-2)]),
 }
 COMBINATIONS = [(name, options) for name, of_optimizer in OPTIONS.items() for options in of_optimizer]
 VARIANTS = [
-    (name, {**options, **variant}) for name, options in COMBINATIONS for variant in ({}, {"maximize": True}, {"foreach": True})
+    (name, {**options, **variant})
+    for name, options in COMBINATIONS
+    for variant in ({}, {"maximize": True}, {"foreach": True})
 ]
 if hasattr(torch.optim, "Muon"):
-    matrices = grid(lr=[0.01], weight_decay=DECAYS, nesterov=[False, True], adjust_lr_fn=["original", "match_rms_adamw"])
+    matrices = grid(
+        lr=[0.01], weight_decay=DECAYS, nesterov=[False, True], adjust_lr_fn=["original", "match_rms_adamw"]
+    )
     COMBINATIONS += [("Muon", options) for options in matrices]
     VARIANTS += [("Muon", options) for options in matrices]
 
@@ -108,7 +120,14 @@ class Pair:
 
         make = partial(torch.optim.SGD, lr=0.0)
         return HyperOptimizer(
-            self.model, self.optimizer, train_loss, used, Unrolled(), make, val_loss=self.loss, grad_transform=grad_transform
+            self.model,
+            self.optimizer,
+            train_loss,
+            used,
+            Unrolled(),
+            make,
+            val_loss=self.loss,
+            grad_transform=grad_transform,
         )
 
     def plain_step(self, batch: Any, clip: Callable[[list[nn.Parameter]], Any] | None = None) -> Tensor:
@@ -150,7 +169,9 @@ def assert_equal_tensors(found: Any, expected: Any, rtol: float, what: str) -> N
         assert torch.equal(found, expected), f"{what} differs by {(found - expected).abs().max():.1e}"
     else:
         largest = expected.abs().max().item() if expected.numel() else 0.0
-        torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol * largest, msg=lambda m: f"{what}: {m}")
+        torch.testing.assert_close(
+            found, expected, rtol=rtol, atol=rtol * largest, msg=lambda m: f"{what}: {m}"
+        )
 
 
 def assert_equal_states(found: dict[int, Any], expected: dict[int, Any], rtol: float) -> None:
@@ -173,7 +194,10 @@ def squared_error(model: nn.Module, batch: Batch) -> Tensor:
 
 def regression_batches(num: int = NUM_STEPS, inputs: int = 4, outputs: int = 2) -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(6, inputs, generator=generator), torch.randn(6, outputs, generator=generator)) for _ in range(num)]
+    return [
+        (torch.randn(6, inputs, generator=generator), torch.randn(6, outputs, generator=generator))
+        for _ in range(num)
+    ]
 
 
 def optimizer_maker(name: str, options: dict[str, Any]) -> Callable[[nn.Module], torch.optim.Optimizer]:
@@ -197,11 +221,13 @@ def run_both(pair: Pair, hyper: HyperOptimizer, batches: Sequence[Any]) -> None:
         assert loss.item() == pytest.approx(plain_loss.item(), rel=1e-4)
 
 
-# ---- the grid of options ----------------------------------------------------------------------------------------------
+# ---- the grid of options -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=name_of)
-def test_training_with_all_settings_untuned_is_bitwise_that_of_torch(name: str, options: dict[str, Any]) -> None:
+def test_training_with_all_settings_untuned_is_bitwise_that_of_torch(
+    name: str, options: dict[str, Any]
+) -> None:
     with default_dtype(torch.float64):
         pair = network_pair(name, options, torch.float64)
         run_both(pair, pair.wrap(), regression_batches())
@@ -219,8 +245,8 @@ def test_it_is_bitwise_the_same_with_float32_as_the_default_dtype(
 
 
 def harmless(name: str, options: dict[str, Any], per: Any) -> list[Hyperparameter]:
-    """Learning rate and weight decay. ASGD's state holds ``eta``, made of the learning rate: one number for a tensor in
-    torch's format, which has no place for one for each element."""
+    """Learning rate and weight decay. ASGD's state holds ``eta``, made of the learning rate:
+    one number for a tensor in torch's format, which has no place for one for each element."""
     settings = ["weight_decay"] if (name, per) == ("ASGD", "element") else ["lr", "weight_decay"]
     return [Hyperparameter(setting, per=per) for setting in settings if setting in options]
 
@@ -230,7 +256,9 @@ def harmless(name: str, options: dict[str, Any], per: Any) -> list[Hyperparamete
     [(name, options, per) for name, options in COMBINATIONS for per in ("group", "tensor", "element")],
     ids=name_of,
 )
-def test_settings_tuned_from_their_own_value_leave_training_as_it_is(name: str, options: dict[str, Any], per: Any) -> None:
+def test_settings_tuned_from_their_own_value_leave_training_as_it_is(
+    name: str, options: dict[str, Any], per: Any
+) -> None:
     with default_dtype(torch.float64):
         pair = network_pair(name, options, torch.float64)
         tune = harmless(name, options, per)
@@ -242,21 +270,29 @@ def test_settings_tuned_from_their_own_value_leave_training_as_it_is(name: str, 
 @pytest.mark.parametrize(
     ("name", "options"), [(name, of_optimizer[-1]) for name, of_optimizer in OPTIONS.items()], ids=name_of
 )
-def test_tuned_settings_in_float32_leave_training_as_it_is(name: str, options: dict[str, Any], per: Any) -> None:
+def test_tuned_settings_in_float32_leave_training_as_it_is(
+    name: str, options: dict[str, Any], per: Any
+) -> None:
     pair = network_pair(name, options, torch.float32)
     tune = harmless(name, options, per)
     run_both(pair, pair.wrap(*tune), regression_batches())
     pair.assert_equal(rtol=1e-5)
 
 
-# ---- param groups, parameters and gradients of every kind ---------------------------------------------------------------
+# ---- param groups, parameters and gradients of every kind --------------------------------------------------
 
 TWO_GROUPS = {
-    "SGD": [{"lr": 0.1, "momentum": 0.0}, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}],
+    "SGD": [
+        {"lr": 0.1, "momentum": 0.0},
+        {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    ],
     "ASGD": [{"lr": 0.1, "t0": 3}, {"lr": 0.05, "lambd": 0.1, "maximize": True, "foreach": False}],
     "Adam": [{"lr": 0.01}, {"lr": 0.02, "betas": (0.5, 0.9), "amsgrad": True}],
     "AdamW": [{"lr": 0.01, "weight_decay": 0.0}, {"lr": 0.02, "weight_decay": 0.1}],
-    "NAdam": [{"lr": 0.01}, {"lr": 0.02, "momentum_decay": 0.3, "decoupled_weight_decay": True, "weight_decay": 0.1}],
+    "NAdam": [
+        {"lr": 0.01},
+        {"lr": 0.02, "momentum_decay": 0.3, "decoupled_weight_decay": True, "weight_decay": 0.1},
+    ],
     "RAdam": [{"lr": 0.01}, {"lr": 0.02, "betas": (0.5, 0.6)}],
     "Adamax": [{"lr": 0.01}, {"lr": 0.02, "eps": 0.1}],
     "Adagrad": [{"lr": 0.01}, {"lr": 0.02, "lr_decay": 0.1, "initial_accumulator_value": 0.5}],
@@ -284,8 +320,9 @@ def test_groups_with_settings_of_their_own(name: str, tuned: bool) -> None:
         pair.assert_equal(rtol=1e-12 * tuned)
 
 
-OF_EACH_FAMILY = [("SGD", {"lr": 0.1, "momentum": 0.9}), ("Adam", {"lr": 0.01, "amsgrad": True}), ("NAdam", {"lr": 0.01}),
-                  ("ASGD", {"lr": 0.1}), ("RMSprop", {"lr": 0.01, "centered": True, "momentum": 0.5}),
+OF_EACH_FAMILY = [("SGD", {"lr": 0.1, "momentum": 0.9}), ("Adam", {"lr": 0.01, "amsgrad": True}),
+                  ("NAdam", {"lr": 0.01}), ("ASGD", {"lr": 0.1}),
+                  ("RMSprop", {"lr": 0.01, "centered": True, "momentum": 0.5}),
                   ("Rprop", {"lr": 0.01}), ("Adagrad", {"lr": 0.1})]  # fmt: skip
 
 
@@ -308,13 +345,17 @@ def head_error(model: nn.Module, batch: Any) -> Tensor:
 
 @pytest.mark.parametrize("per", [None, "group", "tensor", "element"])
 @pytest.mark.parametrize(("name", "options"), OF_EACH_FAMILY, ids=name_of)
-def test_parameters_without_gradient_are_skipped_with_their_step_counts(name: str, options: dict[str, Any], per: Any) -> None:
+def test_parameters_without_gradient_are_skipped_with_their_step_counts(
+    name: str, options: dict[str, Any], per: Any
+) -> None:
     heads = ["left", "left", "right", "left", "right", "right", "right"]
     with default_dtype(torch.float64):
         pair = Pair(TwoHeads, optimizer_maker(name, options), head_error)
         setting = "weight_decay" if "weight_decay" in pair.optimizer.defaults else "lr"
         tune = [] if per is None else [Hyperparameter(setting, per=per)]
-        run_both(pair, pair.wrap(*tune), [(*batch, head) for batch, head in zip(regression_batches(7), heads)])
+        run_both(
+            pair, pair.wrap(*tune), [(*batch, head) for batch, head in zip(regression_batches(7), heads)]
+        )
         pair.assert_equal(rtol=0.0 if per is None else 1e-12)
         if "step" in pair.optimizer.state[pair.model.left.weight]:
             assert pair.optimizer.state[pair.model.left.weight]["step"] == heads.count("left")
@@ -401,7 +442,9 @@ def test_parameters_of_any_shape_and_memory_layout(name: str, options: dict[str,
 def test_buffers_are_those_of_the_plain_loop() -> None:
     def make_model() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), nn.BatchNorm1d(5), nn.Linear(5, 2))
+        return nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), nn.BatchNorm1d(5), nn.Linear(5, 2)
+        )
 
     pair = Pair(make_model, optimizer_maker("Adam", {"lr": 0.01}), squared_error)
     hyper = pair.wrap()
@@ -421,7 +464,7 @@ def test_other_implementations_in_torch_and_tensor_learning_rates(name: str, opt
     pair.assert_equal(rtol=1e-5)
 
 
-# ---- schedulers and clipping --------------------------------------------------------------------------------------------
+# ---- schedulers and clipping -------------------------------------------------------------------------------
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]] = {
     "step": lambda optimizer: lr_scheduler.StepLR(optimizer, step_size=4, gamma=0.3),
@@ -484,7 +527,7 @@ def test_clipping_by_value(name: str, options: dict[str, Any]) -> None:
     pair.assert_equal()
 
 
-# ---- wrapping and unwrapping --------------------------------------------------------------------------------------------
+# ---- wrapping and unwrapping -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "options"), COMBINATIONS[::3], ids=name_of)

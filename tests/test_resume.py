@@ -62,7 +62,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("*.pt"))
 
 
-# ---- exact resume -----------------------------------------------------------------------------------------------------
+# ---- exact resume ------------------------------------------------------------------------------------------
 
 
 def test_runs_are_reproducible(whole: tuple[Config, Path], tmp_path: Path) -> None:
@@ -82,7 +82,9 @@ def test_a_run_stopped_anywhere_ends_the_same(whole: tuple[Config, Path], tmp_pa
     check_equal_runs(tmp_path, run)
 
 
-def test_a_run_that_is_lost_between_two_checkpoints_ends_the_same(whole: tuple[Config, Path], tmp_path: Path) -> None:
+def test_a_run_that_is_lost_between_two_checkpoints_ends_the_same(
+    whole: tuple[Config, Path], tmp_path: Path
+) -> None:
     """As a power cut leaves it: rows after the last checkpoint, half a row, a half-written checkpoint."""
     config, run = whole
     run_in(config, RunFolder(tmp_path), StopAfter(max(1, metrics_of(run)[-1]["step"] // 2)), quiet=True)
@@ -141,7 +143,7 @@ def test_damaged_checkpoints_do_not_push_whole_ones_out(tmp_path: Path) -> None:
     assert folder.load_checkpoint() == ({"step": "again"}, [])
 
 
-# ---- refusals ---------------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------------------
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -149,7 +151,9 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         resume(tmp_path)
 
 
-def test_a_finished_run_stays_as_it_is(whole: tuple[Config, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_stays_as_it_is(
+    whole: tuple[Config, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     _, run = whole
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert resume(run) == (run, None)
@@ -181,7 +185,9 @@ def test_a_checkpoint_that_does_not_fit_an_edited_configuration_is_refused(tmp_p
     run_in(unrolled, RunFolder(tmp_path / "run"), StopAfter(3), quiet=True)
     (tmp_path / "run" / "config.yaml").unlink()
     RunFolder(tmp_path / "run").create(implicit)
-    with pytest.raises(ConfigError, match=r"does not fit its configuration: .* saved with another optimizer: Adam there, SGD"):
+    with pytest.raises(
+        ConfigError, match=r"does not fit its configuration: .* saved with another optimizer: Adam there, SGD"
+    ):
         resume(tmp_path / "run")
 
 
@@ -194,12 +200,16 @@ def test_checkpoints_hold_no_pictures(whole: tuple[Config, Path], tmp_path: Path
     assert batch.dim() == 1
 
 
-# ---- real processes ---------------------------------------------------------------------------------------------------
+# ---- real processes ----------------------------------------------------------------------------------------
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(*arguments), env=SURROUNDINGS, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+        command(*arguments),
+        env=SURROUNDINGS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
     )
 
 
@@ -225,7 +235,8 @@ def checkpoint_is_written(folder: Path) -> Iterator[bool]:
 
 
 def kill_and_resume(config: Path, run: Path, num_kills: int, seed: int) -> int:
-    """Kills training ``num_kills`` times, every other time while it writes a checkpoint; how often it was writing."""
+    """Kills training ``num_kills`` times, every other time while it writes a checkpoint;
+    how often it was writing."""
     moments, killed, writing = random.Random(seed), 0, 0
     arguments: list[object] = ["train", "--config", config, "--output.folder", run]
     while killed < num_kills:

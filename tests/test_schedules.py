@@ -1,4 +1,5 @@
-"""One value for each training step, on every rule with a learning rate or a decay, against finite differences."""
+"""One value for each training step, on every rule with a learning rate or a decay,
+against finite differences."""
 
 from __future__ import annotations
 

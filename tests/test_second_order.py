@@ -1,5 +1,5 @@
-"""Products with second derivatives, three ways, against references that use none of them: dense Jacobians, closed forms,
-plain training with torch.optim, and finite differences of re-run training."""
+"""Products with second derivatives, three ways, against references that use none of them: dense Jacobians,
+closed forms, plain training with torch.optim, and finite differences of re-run training."""
 
 from __future__ import annotations
 
@@ -20,9 +20,16 @@ from torch.nn.utils.parametrizations import weight_norm
 from cells import ROWS, Cell, assert_close, exact, hypergradient, references
 from problems import FROZEN, GradientDescent, mse, random_batch, tanh_mlp
 from test_modules import ADAM, SGD, build
-from torch_hypergrad import HyperOptimizer, Hyperparameter, Implicit, Neumann, NotTwiceDifferentiableError, Unrolled
-from torch_hypergrad.second_order import TracedGradient
-from torch_hypergrad.second_order import way as way_of
+from torch_hypergrad import (
+    HyperOptimizer,
+    Hyperparameter,
+    Implicit,
+    Neumann,
+    NotTwiceDifferentiableError,
+    Unrolled,
+)
+from torch_hypergrad.step.second_order import way as way_of
+from torch_hypergrad.step.traced import TracedGradient
 from torch_hypergrad.testing import check_hypergradient
 
 BATCHES = [random_batch(8, 4, seed) for seed in range(5)]
@@ -31,21 +38,27 @@ DECAY = Hyperparameter("weight_decay", per="tensor", init=0.01)
 OPTIMIZERS = ("SGD momentum", "Adam", "AdamW", "Muon nesterov")
 NEW_WAYS = ["forward", "finite_difference"]  # double backward is what every other test takes
 RTOL = {"reverse": 1e-10, "forward": 1e-10, "finite_difference": 1e-7}
-"""Central differences in float64: at the step u^(1/3) = 6e-6 both errors are about 1e-10, times the third derivative's
-size and the number of steps that they add up over."""
+"""Central differences in float64: at the step u^(1/3) = 6e-6 both errors are about 1e-10,
+times the third derivative's size and the number of steps that they add up over."""
 every_way = pytest.mark.parametrize("way", ["reverse", *NEW_WAYS])
 new_ways = pytest.mark.parametrize("way", NEW_WAYS)
 
 
 def made(
-    way: Any = "reverse", make: Callable[[], nn.Module] = tanh_mlp, tune: Any = None, optimizer: Any = SGD, **options: Any
+    way: Any = "reverse",
+    make: Callable[[], nn.Module] = tanh_mlp,
+    tune: Any = None,
+    optimizer: Any = SGD,
+    **options: Any,
 ) -> HyperOptimizer:
     torch.manual_seed(0)
     model = make()
     method = options.pop("method", None) or Unrolled(second_order=way)
     loss = options.pop("train_loss", mse)
     tune = [DECAY] if tune is None else tune
-    return HyperOptimizer(model, optimizer(model.parameters()), loss, tune, method, FROZEN, val_loss=mse, **options)
+    return HyperOptimizer(
+        model, optimizer(model.parameters()), loss, tune, method, FROZEN, val_loss=mse, **options
+    )
 
 
 def trained(way: Any = "reverse", batches: Any = BATCHES, **options: Any) -> HyperOptimizer:
@@ -70,7 +83,7 @@ def assert_all_close(found: dict[str, Tensor], expected: dict[str, Tensor], rtol
         assert float((found[name] - value).abs().max()) <= rtol * float(value.abs().max()), name
 
 
-# ---- one product, against the dense Jacobian ------------------------------------------------------------------------
+# ---- one product, against the dense Jacobian ---------------------------------------------------------------
 
 SCALE = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
 TILT = torch.tensor([0.5, -0.2, 0.1, 0.4], dtype=torch.float64, requires_grad=True)
@@ -82,7 +95,8 @@ def tilted_loss(model: Any, batch: Any) -> Tensor:
 
 
 def clipped(grads: list[Tensor]) -> list[Tensor]:
-    """To a norm that is always exceeded: its Jacobian is not symmetric once it is applied to the gradient's."""
+    """To a norm that is always exceeded: its Jacobian is not symmetric
+    once it is applied to the gradient's."""
     norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
     return [g * (0.1 / norm) for g in grads]
 
@@ -102,8 +116,8 @@ TRANSFORMS = [None, clipped, scaled_by_tuned]
 
 def traced(way: str, hyper: HyperOptimizer) -> TracedGradient:
     """The gradient of the first recorded step, and what it was taken from."""
-    step, state = list(hyper._recording._trajectory.backward())[-1]  # type: ignore[attr-defined]
-    return way_of(way)(hyper._training, step, state)  # type: ignore[arg-type]
+    step, state, _ = list(hyper._window._history.visits())[-1]  # type: ignore[attr-defined]
+    return way_of(way)(hyper._problem.transition.gradient, step, state)  # type: ignore[arg-type]
 
 
 def dense_products(transform: Any, v: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,7 +129,9 @@ def dense_products(transform: Any, v: list[Tensor]) -> tuple[Tensor, Tensor, Ten
 
     def gradient(flat: Tensor, scale: Tensor, tilt: Tensor) -> Tensor:
         params = [part.view(p.shape) for part, p in zip(flat.split([p.numel() for p in start]), start)]
-        loss = scale.exp() * (functional_call(model, dict(zip(names, params)), (x * tilt,)) - y).square().mean()
+        loss = (
+            scale.exp() * (functional_call(model, dict(zip(names, params)), (x * tilt,)) - y).square().mean()
+        )
         grads = list(torch.autograd.grad(loss, params, create_graph=True))
         if transform is clipped:
             grads = clipped(grads)
@@ -142,17 +158,23 @@ def loss_at(model: nn.Module, names: Any, start: Any, flat: Tensor, x: Tensor, y
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "clipped", "tuned"])
 @every_way
 def test_products_are_those_of_the_dense_jacobian(way: str, transform: Any) -> None:
-    hyper = trained(way, BATCHES[:1], train_loss=tilted_loss, tune=[DECAY, SCALE, TILT], grad_transform=transform)
+    hyper = trained(
+        way, BATCHES[:1], train_loss=tilted_loss, tune=[DECAY, SCALE, TILT], grad_transform=transform
+    )
     gradient = traced(way, hyper)
-    v = [torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(3)) for p in hyper.model.parameters()]
-    products, mixed = gradient.pull(v, again=True)
-    again, _ = gradient.pull(v)
+    v = [
+        torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(3))
+        for p in hyper.model.parameters()
+    ]
+    again, mixed_again = gradient.product(v), gradient.mixed(v)
+    products, mixed, _ = gradient.pull(v)
     expected = dense_products(transform, v)
     for found, reference in (
         (products, expected[0]),
         (again, expected[0]),
         ([mixed[0]], expected[1]),
         ([mixed[1]], expected[2]),
+        ([mixed_again[1]], expected[2]),
     ):
         flat = torch.cat([f.reshape(-1) for f in found if f is not None])
         torch.testing.assert_close(flat, reference.reshape(-1), rtol=RTOL[way], atol=RTOL[way])
@@ -163,12 +185,12 @@ def test_a_zero_adjoint_has_zero_products(way: str) -> None:
     hyper = trained(way, BATCHES[:1])
     gradient = traced(way, hyper)
     zeros = [torch.zeros_like(p) for p in hyper.model.parameters()]
-    products, _ = gradient.pull(zeros)
+    products = gradient.pull(zeros).params
     assert gradient.error is None or float(gradient.error) == 0
     assert all(product is None or not product.any() for product in products)
 
 
-# ---- whole hypergradients -------------------------------------------------------------------------------------------
+# ---- whole hypergradients ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("truncation", [None, 4])
@@ -191,7 +213,9 @@ def test_gradient_descent_on_a_quadratic(way: Any, truncation: int | None) -> No
     assert [g.item() for g in hyper.hypergradient(None).values()] == pytest.approx(list(expected), rel=1e-8)
 
 
-@pytest.mark.parametrize("kind", ["batch_norm", "dropout", "lstm", "tied", "frozen", "sometimes", "rebinding"])
+@pytest.mark.parametrize(
+    "kind", ["batch_norm", "dropout", "lstm", "tied", "frozen", "sometimes", "rebinding"]
+)
 @new_ways
 def test_modules(way: str, kind: str) -> None:
     checked(way, lambda: build(kind), optimizer=ADAM if kind in ("tied", "sometimes") else SGD)
@@ -228,8 +252,10 @@ def test_tuned_tensors_modules_and_schedules(way: str) -> None:
             return (model(batch[0] + torch.tanh(stretch(batch[0]))) - batch[1]).square().mean()
 
         return made(
-            way, train_loss=train_loss, optimizer=ADAM, grad_transform=lambda grads: [scale * g for g in clipped(grads)],
-            tune=[Hyperparameter("lr", per="step", num_steps=len(BATCHES)), ("stretch", stretch), ("scale", scale)],
+            way, train_loss=train_loss, optimizer=ADAM,
+            grad_transform=lambda grads: [scale * g for g in clipped(grads)],
+            tune=[Hyperparameter("lr", per="step", num_steps=len(BATCHES)),
+                  ("stretch", stretch), ("scale", scale)],
         )  # fmt: skip
 
     entries = check_hypergradient(make, BATCHES, VAL, num_entries=1)
@@ -237,7 +263,8 @@ def test_tuned_tensors_modules_and_schedules(way: str) -> None:
 
 
 class Awkward(nn.Module):
-    """Parameters without dimensions, without entries, transposed, strided, and a convolution in channels_last."""
+    """Parameters without dimensions, without entries, transposed, strided,
+    and a convolution in channels_last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +295,9 @@ class TwoTypes(nn.Module):
 
 def by_module(params: Any, lr: float = 0.1) -> torch.optim.Optimizer:
     first, second, *rest = params
-    return torch.optim.SGD([{"params": [first, second], "weight_decay": 0.02}, {"params": rest}], lr=lr, momentum=0.9)
+    return torch.optim.SGD(
+        [{"params": [first, second], "weight_decay": 0.02}, {"params": rest}], lr=lr, momentum=0.9
+    )
 
 
 @new_ways
@@ -280,7 +309,9 @@ def test_several_groups_and_types(way: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_snapshots": 2}, {"offload": "cpu"}, {"max_snapshots": 3, "offload": "cpu", "truncation": 4}], ids=str
+    "options",
+    [{"max_snapshots": 2}, {"offload": "cpu"}, {"max_snapshots": 3, "offload": "cpu", "truncation": 4}],
+    ids=str,
 )
 @new_ways
 def test_snapshots_never_change_the_answer(way: Any, options: Any) -> None:
@@ -288,8 +319,8 @@ def test_snapshots_never_change_the_answer(way: Any, options: Any) -> None:
     plain = {"truncation": options.get("truncation")}
     answers = [
         trained(
-            make=lambda: nn.Sequential(build("batch_norm"), nn.Dropout(0.3)), optimizer=ADAM, grad_transform=clipped,
-            method=Unrolled(second_order=way, **chosen),
+            make=lambda: nn.Sequential(build("batch_norm"), nn.Dropout(0.3)), optimizer=ADAM,
+            grad_transform=clipped, method=Unrolled(second_order=way, **chosen),
         ).hypergradient(VAL)
         for chosen in (options, plain)
     ]  # fmt: skip
@@ -312,7 +343,7 @@ def test_a_checkpoint_in_the_middle(way: Any) -> None:
     assert all(torch.equal(g, expected[name]) for name, g in other.hypergradient(VAL).items())
 
 
-# ---- accuracy of finite differences ---------------------------------------------------------------------------------
+# ---- accuracy of finite differences ------------------------------------------------------------------------
 
 
 def test_exact_ways_report_no_error() -> None:
@@ -326,15 +357,22 @@ def in_float32() -> dict[str, Any]:
 
 @pytest.mark.parametrize("single", [False, True], ids=["float64", "float32"])
 def test_accuracy_and_its_estimate(single: bool) -> None:
-    """Within 1e-7 in float64 and 1 % in float32, and the estimate is neither far below the true error nor far above it:
-    the two differences share most of the third derivative's part, and little of rounding."""
+    """Within 1e-7 in float64 and 1 % in float32, and the estimate is neither far below the true error nor far
+    above it: the two differences share most of the third derivative's part, and little of rounding."""
     options = in_float32() if single else {}
     val = (VAL[0].float(), VAL[1].float()) if single else VAL
     hyper = trained("finite_difference", **options)
-    assert_all_close(hyper.hypergradient(val), trained(**options).hypergradient(val), 1e-2 if single else 1e-7)
-    v = [torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(3)) for p in hyper.model.parameters()]
+    assert_all_close(
+        hyper.hypergradient(val), trained(**options).hypergradient(val), 1e-2 if single else 1e-7
+    )
+    v = [
+        torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(3))
+        for p in hyper.model.parameters()
+    ]
     gradient, exact = (traced(way, hyper) for way in ("finite_difference", "reverse"))
-    found, expected = (torch.cat([p.reshape(-1) for p in g.pull(v)[0] if p is not None]) for g in (gradient, exact))
+    found, expected = (
+        torch.cat([p.reshape(-1) for p in g.pull(v).params if p is not None]) for g in (gradient, exact)
+    )
     true = float((found - expected).norm() / expected.norm())
     estimated = gradient.error
     assert estimated is not None
@@ -351,7 +389,7 @@ def test_no_product_is_no_error() -> None:
     assert hyper.hyper_step(VAL).product_error == 0
 
 
-# ---- what has no second derivative ----------------------------------------------------------------------------------
+# ---- what has no second derivative -------------------------------------------------------------------------
 
 
 class OnceTanh(torch.autograd.Function):
@@ -429,7 +467,8 @@ def with_weight_norm() -> nn.Module:
 
 
 def test_weight_norm() -> None:
-    """Its second derivative is wrong in PyTorch (``gradgradcheck`` fails), so it is refused where it would be used."""
+    """Its second derivative is wrong in PyTorch (``gradgradcheck`` fails),
+    so it is refused where it would be used."""
     checked("finite_difference", with_weight_norm)
     for method in (Unrolled(), Implicit(Neumann(2))):
         with pytest.raises(NotTwiceDifferentiableError, match=r"weight norm.*finite_difference"):
@@ -474,8 +513,9 @@ def test_a_compiled_module() -> None:
 
 
 def test_what_counts_as_a_constant() -> None:
-    """Reverse takes all that has no graph for a constant; dual numbers go through ``no_grad``, not through ``detach``;
-    differences see everything move. ``docs/notation.md`` says so."""
+    """Reverse takes all that has no graph for a constant;
+    dual numbers go through ``no_grad``, not through ``detach``; differences see everything move.
+    ``docs/notation.md`` says so."""
 
     def detached(model: nn.Module, batch: Any) -> Tensor:
         return (model(batch[0]) - 0.5 * model(batch[0]).detach() - batch[1]).square().mean()
@@ -486,7 +526,7 @@ def test_what_counts_as_a_constant() -> None:
     assert max(float((g - expected[name]).abs().max()) for name, g in differences.items()) > 1e-4
 
 
-# ---- views of parameters that live outside the model ----------------------------------------------------------------
+# ---- views of parameters that live outside the model -------------------------------------------------------
 
 
 class HoldsView(nn.Module):

@@ -49,7 +49,9 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 def spectrum(eigenvalues: list[float], seed: int = 0) -> Tensor:
     """A symmetric matrix with these eigenvalues."""
     generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), generator=generator, dtype=torch.float64)).Q
+    basis = torch.linalg.qr(
+        torch.randn(len(eigenvalues), len(eigenvalues), generator=generator, dtype=torch.float64)
+    ).Q
     return basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.T
 
 
@@ -57,7 +59,7 @@ def vector(n: int, seed: int = 0) -> Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# ---- Nystrom ----------------------------------------------------------------------------------------------------------
+# ---- Nystrom -----------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=25, deadline=None)
@@ -67,7 +69,9 @@ def vector(n: int, seed: int = 0) -> Tensor:
     damping=st.sampled_from([0.0, 1e-2, 1.0]),
     seed=st.integers(0, 100),
 )
-def test_nystrom_solves_positive_definite_systems(eigenvalues: list[float], rank: int, damping: float, seed: int) -> None:
+def test_nystrom_solves_positive_definite_systems(
+    eigenvalues: list[float], rank: int, damping: float, seed: int
+) -> None:
     matrix, b = spectrum(eigenvalues, seed), vector(len(eigenvalues), seed)
     x, info = Nystrom(rank, damping, max_steps=200, rtol=1e-12).solve(lambda v: matrix @ v, b)
     expected = torch.linalg.solve(matrix + damping * torch.eye(len(b), dtype=b.dtype), b)
@@ -123,7 +127,9 @@ def test_nystrom_leaves_the_global_random_numbers_alone_and_gives_the_same_twice
         ([float("nan"), 1.0], Nystrom(1), "not finite"),
     ],
 )
-def test_nystrom_refuses_what_is_not_positive_definite(eigenvalues: list[float], solver: Nystrom, words: str) -> None:
+def test_nystrom_refuses_what_is_not_positive_definite(
+    eigenvalues: list[float], solver: Nystrom, words: str
+) -> None:
     matrix = torch.diag(torch.tensor(eigenvalues, dtype=torch.float64))
     with pytest.raises(SolverError, match=words):
         solver.solve(lambda v: matrix @ v, vector(len(eigenvalues), 1))
@@ -140,7 +146,7 @@ def test_nystrom_on_ridge(solver: Nystrom) -> None:
     assert relative_error(entry(hyper.hypergradient(RIDGE.val)), RIDGE.hypergradient()) < 1e-8
 
 
-# ---- the optimizer's second moments -----------------------------------------------------------------------------------
+# ---- the optimizer's second moments ------------------------------------------------------------------------
 
 STEPPED: dict[str, tuple[Any, Callable[[dict[str, Any]], Tensor]]] = {
     "Adam": (
@@ -164,13 +170,19 @@ STEPPED: dict[str, tuple[Any, Callable[[dict[str, Any]], Tensor]]] = {
         lambda state: (state["exp_avg_sq"] / (1 - 0.9**3)).sqrt() + 0.1,
     ),
     "Adamax": (partial(torch.optim.Adamax, lr=0.01), lambda state: state["exp_inf"]),
-    "RMSprop": (partial(torch.optim.RMSprop, lr=0.01, eps=0.1), lambda state: state["square_avg"].sqrt() + 0.1),
+    "RMSprop": (
+        partial(torch.optim.RMSprop, lr=0.01, eps=0.1),
+        lambda state: state["square_avg"].sqrt() + 0.1,
+    ),
     "centered": (
         partial(torch.optim.RMSprop, lr=0.01, eps=0.1, centered=True),
         lambda state: (state["square_avg"] - state["grad_avg"] ** 2).sqrt() + 0.1,
     ),
     "Adagrad": (partial(torch.optim.Adagrad, lr=0.01, eps=0.1), lambda state: state["sum"].sqrt() + 0.1),
-    "Adadelta": (partial(torch.optim.Adadelta, lr=0.01, eps=0.1), lambda state: (state["square_avg"] + 0.1).sqrt()),
+    "Adadelta": (
+        partial(torch.optim.Adadelta, lr=0.01, eps=0.1),
+        lambda state: (state["square_avg"] + 0.1).sqrt(),
+    ),
 }
 
 
@@ -190,7 +202,8 @@ def state_and_weights(hyper: HyperOptimizer) -> tuple[dict[str, Any], Tensor]:
 
 @pytest.mark.parametrize("kind", STEPPED)
 def test_the_preconditioner_is_what_the_optimizer_divides_by(kind: str) -> None:
-    """One term: q = scale * D^-1 b, with D from torch's own state; AdamW's decay has the same D in its derivative."""
+    """One term: q = scale * D^-1 b, with D from torch's own state;
+    AdamW's decay has the same D in its derivative."""
     optimizer, diagonal = STEPPED[kind]
     hyper = after_steps(optimizer, Implicit(Identity(scale=0.5), preconditioner="second_moments"))
     state, w = state_and_weights(hyper)
@@ -288,7 +301,8 @@ def whole(param: Tensor, grad: Tensor, state: Any, settings: Any) -> tuple[Tenso
 
 
 def test_a_rule_that_is_not_elementwise_has_the_same_optimum() -> None:
-    """F times an invertible matrix is zero where F is, so the hypergradient is that of plain ridge; A is not symmetric."""
+    """F times an invertible matrix is zero where F is, so the hypergradient is that of plain ridge;
+    A is not symmetric."""
     hyper = RIDGE.at_optimum(Implicit(Nonsymmetric()), optimizer=partial(Whole, lr=0.0))
     assert relative_error(entry(hyper.hypergradient(RIDGE.val)), RIDGE.hypergradient()) < 1e-8
 
@@ -301,7 +315,7 @@ class Nonsymmetric(Solver):
         return torch.linalg.solve(matrix, b), SolveInfo(len(b), None)
 
 
-# ---- Gauss-Newton -----------------------------------------------------------------------------------------------------
+# ---- Gauss-Newton ------------------------------------------------------------------------------------------
 
 
 def classifier(seed: int = 0) -> nn.Module:
@@ -331,7 +345,12 @@ def dense_gauss_newton(model: nn.Module, batch: Any, weights: Tensor | None = No
     p = model(x).softmax(1).detach()
     total = torch.zeros(jacobians.shape[2], jacobians.shape[2], dtype=torch.float64)
     for i in range(len(x)):
-        total += (1 if weights is None else weights[i]) * jacobians[i].T @ (p[i].diag() - p[i].outer(p[i])) @ jacobians[i]
+        total += (
+            (1 if weights is None else weights[i])
+            * jacobians[i].T
+            @ (p[i].diag() - p[i].outer(p[i]))
+            @ jacobians[i]
+        )
     return total / len(x)
 
 
@@ -340,7 +359,9 @@ def gradient(model: nn.Module, batch: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("num_batches", [1, 2])
-@pytest.mark.parametrize("solver", [CG(100, rtol=1e-13), Nystrom(5, max_steps=100, rtol=1e-13), Cholesky()], ids=str)
+@pytest.mark.parametrize(
+    "solver", [CG(100, rtol=1e-13), Nystrom(5, max_steps=100, rtol=1e-13), Cholesky()], ids=str
+)
 def test_gauss_newton_against_dense_algebra(solver: Any, num_batches: int) -> None:
     model, batches, val = classifier(), [labelled(0), labelled(1)], labelled(9)
     tune = [Hyperparameter("weight_decay", per="element", init=0.05)]
@@ -359,11 +380,19 @@ def test_gauss_newton_with_two_outputs_in_a_dict() -> None:
     class TwoHeads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body, self.unused = nn.Linear(4, 6, dtype=torch.float64), nn.Linear(4, 2, dtype=torch.float64)
+            self.body, self.unused = (
+                nn.Linear(4, 6, dtype=torch.float64),
+                nn.Linear(4, 2, dtype=torch.float64),
+            )
 
         def forward(self, x: Tensor) -> dict[str, Any]:
             hidden = self.body(x)
-            return {"logits": [hidden[:, :3].tanh()], "other": hidden[:, 3:].square(), "unused": self.unused(x), "name": "x"}
+            return {
+                "logits": [hidden[:, :3].tanh()],
+                "other": hidden[:, 3:].square(),
+                "unused": self.unused(x),
+                "name": "x",
+            }
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         found = model(batch[0])
@@ -390,7 +419,8 @@ def test_gauss_newton_with_two_outputs_in_a_dict() -> None:
 
 
 def test_gauss_newton_with_features_beside_the_logits() -> None:
-    """Features that the logits come from, one of which the loss reads too, as a squared error: J^T J of these on top."""
+    """Features that the logits come from, one of which the loss reads too, as a squared error:
+    J^T J of these on top."""
 
     class WithFeatures(nn.Module):
         def __init__(self) -> None:
@@ -423,7 +453,8 @@ def test_gauss_newton_with_features_beside_the_logits() -> None:
 
 
 def test_mixed_products_stay_exact_with_gauss_newton() -> None:
-    """One weight for each training example: the hypergradient of weight i is -(gradient of loss i) . q / n."""
+    """One weight for each training example:
+    the hypergradient of weight i is -(gradient of loss i) . q / n."""
     model, batch, val = classifier(), labelled(0), labelled(9)
     weights = torch.linspace(0.5, 2.0, 12, dtype=torch.float64).requires_grad_()
 
@@ -453,7 +484,8 @@ def test_gauss_newton_is_the_hessian_of_a_linear_model() -> None:
 
 
 def test_gauss_newton_is_positive_where_the_hessian_is_not() -> None:
-    """Far from a minimum: the Hessian has a negative eigenvalue, of which CG complains; the series converges all the same."""
+    """Far from a minimum: the Hessian has a negative eigenvalue, of which CG complains;
+    the series converges all the same."""
     model, batch, val = classifier(3), labelled(0), labelled(9)
     with torch.no_grad():
         for p in model.parameters():
@@ -462,7 +494,11 @@ def test_gauss_newton_is_positive_where_the_hessian_is_not() -> None:
     def found(solver: Any, curvature: Any) -> Tensor:
         tune = [Hyperparameter("weight_decay", init=0.01)]
         hyper = wrapped(
-            model, tune, Implicit(solver, curvature=curvature), partial(torch.optim.SGD, lr=0.0), train_loss=cross_entropy
+            model,
+            tune,
+            Implicit(solver, curvature=curvature),
+            partial(torch.optim.SGD, lr=0.0),
+            train_loss=cross_entropy,
         )
         hyper.step(batch)
         return entry(hyper.hypergradient(val))

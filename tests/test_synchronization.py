@@ -1,7 +1,7 @@
 """How often Python waits for the device: never in a step, at most once in a hyper step.
 
-Counted on a CPU that is treated as a device: what may be compared at once there is not, and every operation that would
-wait for a device is noted.
+Counted on a CPU that is treated as a device: what may be compared at once there is not, and every operation
+that would wait for a device is noted.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch_hypergrad import (
     SolverError,
     TrajectoryError,
     Unrolled,
-    readings,
 )
+from torch_hypergrad.device import readings
 from torch_hypergrad.methods import Method
 
 BATCHES = [random_batch(8, 4, seed) for seed in range(4)]
@@ -43,8 +43,8 @@ MAKING = {torch.tensor, torch.as_tensor}
 
 
 class Waits(TorchDispatchMode):
-    """Notes operations that wait for a device. Tensors that are on the CPU in any case do not count: random number
-    generators' states, and the step counts of torch's optimizers."""
+    """Notes operations that wait for a device. Tensors that are on the CPU in any case do not count:
+    random number generators' states, and the step counts of torch's optimizers."""
 
     def __init__(self, on_cpu: Callable[[], list[Tensor]]) -> None:
         super().__init__()
@@ -72,11 +72,15 @@ class Copies(TorchFunctionMode):
         self._found = found
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in COPYING and not (args and isinstance(args[0], Tensor) and args[0].dtype == torch.uint8):
+        if function in COPYING and not (
+            args and isinstance(args[0], Tensor) and args[0].dtype == torch.uint8
+        ):
             self._found.append(function.__name__)
         if function in MAKING and isinstance((kwargs or {}).get("device"), torch.device):
             self._found.append(function.__name__)
-        if function in (torch.where, torch.Tensor.where) and any(isinstance(arg, (int, float)) for arg in args):
+        if function in (torch.where, torch.Tensor.where) and any(
+            isinstance(arg, (int, float)) for arg in args
+        ):
             self._found.append("where with a number")
         return function(*args, **(kwargs or {}))
 
@@ -86,7 +90,12 @@ def waits_of(hyper: HyperOptimizer, call: Callable[[], Any]) -> list[str]:
 
     def on_cpu() -> list[Tensor]:
         optimizers = (hyper.optimizer, hyper.hyper_optimizer)
-        return [state["step"] for o in optimizers for state in o.state.values() if isinstance(state.get("step"), Tensor)]
+        return [
+            state["step"]
+            for o in optimizers
+            for state in o.state.values()
+            if isinstance(state.get("step"), Tensor)
+        ]
 
     waits = Waits(on_cpu)
     with Copies(waits.found), waits:
@@ -102,7 +111,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 1)).double()
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 1)
+    ).double()
 
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01)
@@ -190,7 +201,7 @@ def test_reading_late_changes_no_number(method: Method, monkeypatch: pytest.Monk
         assert torch.equal(reports[1][1][name], value), name
 
 
-# ---- errors that are found at the end -------------------------------------------------------------------------------
+# ---- errors that are found at the end ----------------------------------------------------------------------
 
 
 def recorded(method: Method, *, bad: float | None = None) -> HyperOptimizer:
@@ -242,11 +253,19 @@ def test_values_that_leave_the_numbers_are_put_back() -> None:
     model = network()
     enormous = partial(torch.optim.SGD, lr=INFINITY)
     hyper = HyperOptimizer(
-        model, SGD(model.parameters()), mse, [Hyperparameter("weight_decay", low=-INFINITY)], Unrolled(), enormous
+        model,
+        SGD(model.parameters()),
+        mse,
+        [Hyperparameter("weight_decay", low=-INFINITY)],
+        Unrolled(),
+        enormous,
     )
     for batch in BATCHES:
         hyper.step(batch)
-    with unchanged(hyper), refused(NonFiniteError, "The hyper step moved 'weight_decay/group0' to", "Nothing was changed"):
+    with (
+        unchanged(hyper),
+        refused(NonFiniteError, "The hyper step moved 'weight_decay/group0' to", "Nothing was changed"),
+    ):
         hyper.hyper_step(VAL)
     hyper.step(BATCHES[0])
 

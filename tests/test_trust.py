@@ -12,7 +12,7 @@ from torch import nn
 from problems import FROZEN, random_batch, tanh_mlp, wrapped
 from torch_hypergrad import ForwardMode, HyperOptimizer, Hyperparameter, Identity, Implicit, Unrolled
 from torch_hypergrad.methods import Statistics
-from torch_hypergrad.trust import warnings_of
+from torch_hypergrad.safety.trust import warnings_of
 
 
 class Weights(nn.Module):
@@ -27,7 +27,9 @@ def report_of(model, train_loss, val_loss, lr, num_steps, method=None, groups=No
     """The report after plain gradient descent."""
     optimizer = torch.optim.SGD(model.parameters() if groups is None else groups, lr=lr)
     tune = [Hyperparameter("lr")]
-    hyper = HyperOptimizer(model, optimizer, train_loss, tune, method or Unrolled(), FROZEN, val_loss=val_loss)
+    hyper = HyperOptimizer(
+        model, optimizer, train_loss, tune, method or Unrolled(), FROZEN, val_loss=val_loss
+    )
     for _ in range(num_steps):
         hyper.step(None)
     return hyper.hyper_step(None)
@@ -42,7 +44,7 @@ def linear(slopes):
     return lambda model, batch: sum((s * w).sum() for s, w in zip(slopes, model.parts))
 
 
-# ---- closed forms -----------------------------------------------------------------------------------------------------
+# ---- closed forms ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("curvature", [-3.0, -0.5, 0.4, 4.0, 7.0])
@@ -58,14 +60,22 @@ def test_growth_of_two_directions_together(options):
     model = Weights(1.0, -2.0)
     groups = [{"params": [part]} for part in model.parts]
     report = report_of(
-        model, quadratic([6.0, 0.2]), linear([0.3, 4.0]), lr=0.5, num_steps=12, method=Unrolled(**options), groups=groups
+        model,
+        quadratic([6.0, 0.2]),
+        linear([0.3, 4.0]),
+        lr=0.5,
+        num_steps=12,
+        method=Unrolled(**options),
+        groups=groups,
     )
     norms = [math.hypot(0.3 * 2.0**t, 4.0 * 0.9**t) for t in range(13)]
     assert report.adjoint_growth == pytest.approx(max(norms) / norms[0], rel=1e-12)
 
 
 def test_truncation_counts_its_own_steps():
-    report = report_of(Weights(1.0), quadratic([6.0]), linear([1.0]), lr=0.5, num_steps=20, method=Unrolled(truncation=7))
+    report = report_of(
+        Weights(1.0), quadratic([6.0]), linear([1.0]), lr=0.5, num_steps=20, method=Unrolled(truncation=7)
+    )
     assert report.adjoint_growth == pytest.approx(2.0**7)
 
 
@@ -74,11 +84,12 @@ def test_a_validation_loss_at_its_optimum():
     assert (report.adjoint_growth, report.warnings) == (1.0, [])
 
 
-# ---- the warning ------------------------------------------------------------------------------------------------------
+# ---- the warning -------------------------------------------------------------------------------------------
 
 
 def logistic(model, batch):
-    """Gradient descent with rate 1 on this loss is the logistic map ``4 w (1 - w)``, with Lyapunov exponent log 2."""
+    """Gradient descent with rate 1 on this loss is the logistic map ``4 w (1 - w)``,
+    with Lyapunov exponent log 2."""
     w = model.parts[0]
     return (w.square() / 2 - 2 * w.square() + 4 * w**3 / 3).sum()
 
@@ -116,7 +127,9 @@ def test_the_limits():
         (torch.bfloat16, 1.0, 1),
         (torch.float64, math.inf, 2),
     ):
-        assert len(warnings_of(Statistics(adjoint_growth=growth), [torch.zeros(1, dtype=dtype)])) == num_warnings
+        assert (
+            len(warnings_of(Statistics(adjoint_growth=growth), [torch.zeros(1, dtype=dtype)])) == num_warnings
+        )
 
 
 def test_the_doubted_is_wrong_and_the_undoubted_right():
@@ -124,7 +137,9 @@ def test_the_doubted_is_wrong_and_the_undoubted_right():
     for num_steps in (5, 60):
         norms, doubts = [], []
         for dtype in (torch.float32, torch.float64):
-            report = report_of(Weights(0.3, dtype=dtype), logistic, linear([1.0]), lr=1.0, num_steps=num_steps)
+            report = report_of(
+                Weights(0.3, dtype=dtype), logistic, linear([1.0]), lr=1.0, num_steps=num_steps
+            )
             norms.append(report.hypergradient_norm)
             doubts.append(any(DOUBTS[0] in warning for warning in report.warnings))
         assert doubts[0] == (not math.isclose(*norms, rel_tol=0.1))
@@ -150,7 +165,9 @@ def test_the_coarsest_dtype_decides():
     assert "torch.bfloat16" in report.warnings[0]
 
 
-@pytest.mark.parametrize("method", [ForwardMode(), Implicit(Identity(scale=0.1))], ids=["forward", "implicit"])
+@pytest.mark.parametrize(
+    "method", [ForwardMode(), Implicit(Identity(scale=0.1))], ids=["forward", "implicit"]
+)
 def test_methods_without_a_sweep_say_nothing(method):
     name = "weight_decay" if isinstance(method, Implicit) else "lr"
     hyper = wrapped(tanh_mlp(), [Hyperparameter(name)], method)
@@ -174,4 +191,6 @@ def test_poor_products_and_solves_warn(statistics, words):
 
 
 def test_good_products_and_solves_do_not_warn():
-    assert warnings_of(Statistics(product_error=0.01, residual=0.1, adjoint_growth=5.0), [torch.zeros(1)]) == []
+    assert (
+        warnings_of(Statistics(product_error=0.01, residual=0.1, adjoint_growth=5.0), [torch.zeros(1)]) == []
+    )

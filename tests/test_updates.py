@@ -1,7 +1,7 @@
 """Which optimizers have an update rule, rules of the user's own, and rules from ``higher``.
 
-References: finite differences of re-run training (``check_hypergradient``), the user's optimizer itself for the weights,
-and for the optimizers and settings in which ``higher`` is right its hypergradient, to 1e-9.
+References: finite differences of re-run training (``check_hypergradient``), the user's optimizer itself
+for the weights, and for the optimizers and settings in which ``higher`` is right its hypergradient, to 1e-9.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _exact() -> Iterator[None]:
         yield
 
 
-# ---- an optimizer of the user's own -------------------------------------------------------------------------------------
+# ---- an optimizer of the user's own ------------------------------------------------------------------------
 
 
 class SoftSign(torch.optim.Optimizer):
@@ -51,9 +51,13 @@ class SoftSign(torch.optim.Optimizer):
                 p -= group["lr"] * buffer / (buffer.square() + group["softness"]).sqrt()
 
 
-def soft_sign(param: Tensor, grad: Tensor, state: dict[str, Any], settings: Any) -> tuple[Tensor, dict[str, Any]]:
+def soft_sign(
+    param: Tensor, grad: Tensor, state: dict[str, Any], settings: Any
+) -> tuple[Tensor, dict[str, Any]]:
     buffer = settings["momentum"] * state.get("buffer", torch.zeros_like(grad)) + grad
-    return param - settings["lr"] * buffer / (buffer.square() + settings["softness"]).sqrt(), {"buffer": buffer}
+    return param - settings["lr"] * buffer / (buffer.square() + settings["softness"]).sqrt(), {
+        "buffer": buffer
+    }
 
 
 RANGES = {"lr": (0.0, math.inf), "momentum": (0.0, math.inf), "softness": (0.0, math.inf)}
@@ -72,13 +76,19 @@ class NormalizedSGD(torch.optim.Optimizer):
             for p in group["params"]:
                 state = self.state[p]
                 state["step"] = state.get("step", torch.tensor(0.0)) + 1
-                norm = (1 - group["decay"]) * p.grad.norm() + group["decay"] * state.get("norm", torch.tensor(0.0))
+                norm = (1 - group["decay"]) * p.grad.norm() + group["decay"] * state.get(
+                    "norm", torch.tensor(0.0)
+                )
                 state["norm"] = norm
                 p -= group["lr"] / state["step"] * p.grad / norm
 
 
-@register_update(NormalizedSGD, {"lr": (0.0, math.inf), "decay": (0.0, 0.999)}, elementwise=False, scalars=("norm",))
-def normalized_sgd(param: Tensor, grad: Tensor, state: dict[str, Any], settings: Any) -> tuple[Tensor, dict[str, Any]]:
+@register_update(
+    NormalizedSGD, {"lr": (0.0, math.inf), "decay": (0.0, 0.999)}, elementwise=False, scalars=("norm",)
+)
+def normalized_sgd(
+    param: Tensor, grad: Tensor, state: dict[str, Any], settings: Any
+) -> tuple[Tensor, dict[str, Any]]:
     step, decay = state.get("step", 0) + 1, settings["decay"]
     norm = (1 - decay) * grad.norm() + decay * state.get("norm", 0.0)
     return param - settings["lr"] / step * grad / norm, {"step": step, "norm": norm}
@@ -88,7 +98,9 @@ PROBLEM = Row("SGD", "", {})
 TRAIN, VAL = batches(PROBLEM)[:-1], batches(PROBLEM)[-1]
 
 
-def wrapped(kind: type[torch.optim.Optimizer], *tune: Hyperparameter, method: Any = None, **options: Any) -> HyperOptimizer:
+def wrapped(
+    kind: type[torch.optim.Optimizer], *tune: Hyperparameter, method: Any = None, **options: Any
+) -> HyperOptimizer:
     model = Net(PROBLEM)
     optimizer = kind(model.parameters(), **options)  # type: ignore[call-arg]
     method = Unrolled() if method is None else method
@@ -108,13 +120,21 @@ def train_plain(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         optimizer.step()
 
 
-OWN = [(SoftSign, "lr"), (SoftSign, "momentum"), (SoftSign, "softness"), (NormalizedSGD, "lr"), (NormalizedSGD, "decay")]
+OWN = [
+    (SoftSign, "lr"),
+    (SoftSign, "momentum"),
+    (SoftSign, "softness"),
+    (NormalizedSGD, "lr"),
+    (NormalizedSGD, "decay"),
+]
 
 
 @pytest.mark.parametrize(("kind", "setting"), OWN)
 @pytest.mark.parametrize("per", ["group", "tensor"])
 def test_own_rules_have_the_right_hypergradient(kind: Any, setting: str, per: Any) -> None:
-    entries = check_hypergradient(partial(wrapped, kind, Hyperparameter(setting, per=per)), TRAIN, VAL, num_entries=1)
+    entries = check_hypergradient(
+        partial(wrapped, kind, Hyperparameter(setting, per=per)), TRAIN, VAL, num_entries=1
+    )
     assert len(entries) == (1 if per == "group" else 3)
     assert max(abs(entry.computed) for entry in entries) > 1e-4
 
@@ -142,7 +162,9 @@ def test_own_rules_keep_state_as_the_optimizer_itself_does(kind: Any) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
         assert hyper.optimizer.state[ours].keys() == optimizer.state[theirs].keys()
         for key, value in optimizer.state[theirs].items():
-            torch.testing.assert_close(hyper.optimizer.state[ours][key], value, rtol=1e-12, atol=1e-14, msg=key)
+            torch.testing.assert_close(
+                hyper.optimizer.state[ours][key], value, rtol=1e-12, atol=1e-14, msg=key
+            )
 
 
 def test_the_method_does_not_matter_for_own_rules() -> None:
@@ -171,7 +193,7 @@ def test_a_rule_is_a_plain_function_still() -> None:
     assert isinstance(registered_rule(SoftSign([nn.Parameter(torch.ones(1))])), UpdateRule)
 
 
-# ---- subclasses, and what has no rule -----------------------------------------------------------------------------------
+# ---- subclasses, and what has no rule ----------------------------------------------------------------------
 
 
 def test_a_subclass_that_inherits_its_step_has_the_rule_of_its_base() -> None:
@@ -229,13 +251,16 @@ class OneParameter(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("parameter", "kind"), [(torch.ones(2, dtype=torch.complex128), "complex"), (torch.eye(2).to_sparse(), "sparse")]
+    ("parameter", "kind"),
+    [(torch.ones(2, dtype=torch.complex128), "complex"), (torch.eye(2).to_sparse(), "sparse")],
 )
 def test_complex_and_sparse_parameters_are_refused(parameter: Tensor, kind: str) -> None:
     model = OneParameter(parameter)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=f"'parameter' is {kind}"):
-        HyperOptimizer(model, optimizer, loss, [Hyperparameter("lr")], Unrolled(), partial(torch.optim.SGD, lr=0.1))
+        HyperOptimizer(
+            model, optimizer, loss, [Hyperparameter("lr")], Unrolled(), partial(torch.optim.SGD, lr=0.1)
+        )
 
 
 def test_sparse_gradients_are_refused_at_the_first_step_and_nothing_has_changed() -> None:
@@ -255,14 +280,18 @@ def test_sparse_gradients_are_refused_at_the_first_step_and_nothing_has_changed(
     assert torch.equal(model.weight, before)
 
 
-# ---- optimizers registered with higher ----------------------------------------------------------------------------------
+# ---- optimizers registered with higher ---------------------------------------------------------------------
 
 
 class Belief(torch.optim.Optimizer):
     """AdaBelief (Zhuang et al. 2020) without bias correction, and a rate that fades away."""
 
-    def __init__(self, params: Any, lr: float = 0.1, betas: Any = (0.6, 0.8), eps: float = 0.05, fade: float = 0.8) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "fade": fade, "frozen": False, "order": 2})
+    def __init__(
+        self, params: Any, lr: float = 0.1, betas: Any = (0.6, 0.8), eps: float = 0.05, fade: float = 0.8
+    ) -> None:
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "fade": fade, "frozen": False, "order": 2}
+        )
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -298,7 +327,9 @@ higher.register_optim(Belief, DifferentiableBelief)
 @pytest.mark.parametrize("per", ["group", "tensor", "element"])
 @pytest.mark.parametrize("setting", ["lr", "betas.0", "betas.1", "eps", "fade"])
 def test_optimizers_registered_with_higher_have_the_right_hypergradient(setting: str, per: Any) -> None:
-    entries = check_hypergradient(partial(wrapped, Belief, Hyperparameter(setting, per=per)), TRAIN, VAL, num_entries=1)
+    entries = check_hypergradient(
+        partial(wrapped, Belief, Hyperparameter(setting, per=per)), TRAIN, VAL, num_entries=1
+    )
     assert max(abs(entry.computed) for entry in entries) > 1e-4
 
 
@@ -311,7 +342,9 @@ def test_training_through_higher_is_that_of_the_optimizer() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
         for key, value in optimizer.state[theirs].items():
             value = torch.as_tensor(value)
-            torch.testing.assert_close(hyper.optimizer.state[ours][key], value, rtol=1e-12, atol=1e-14, msg=key)
+            torch.testing.assert_close(
+                hyper.optimizer.state[ours][key], value, rtol=1e-12, atol=1e-14, msg=key
+            )
 
 
 def test_through_higher_the_method_does_not_matter() -> None:
@@ -334,7 +367,7 @@ def test_a_rule_of_our_own_goes_before_the_one_from_higher() -> None:
     assert rule_of(optimizer).elementwise
 
 
-# ---- higher as second opinion -------------------------------------------------------------------------------------------
+# ---- higher as second opinion ------------------------------------------------------------------------------
 
 
 def hypergradient_of_higher(row: Row, setting: str) -> Tensor:

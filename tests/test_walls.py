@@ -1,5 +1,5 @@
-"""The order of the package: each module imports from lower ones alone, siblings know no more than their base, every
-public name is there and documented, and no file outgrows its reader."""
+"""The order of the package: each module imports from lower ones alone, siblings know no more than their base,
+every public name is there and documented, and no file outgrows its reader."""
 
 import ast
 import inspect
@@ -13,29 +13,43 @@ import torch_hypergrad
 PACKAGE = Path(torch_hypergrad.__file__).parent
 MAX_LINES = 400
 
-# From the bottom up. What stands on one line knows nothing of its neighbours; what stands nowhere here is the user's
-# layer, above all of these.
+# From the bottom up. What stands on one line knows nothing of its neighbours;
+# what stands nowhere here is the user's layer, above all of these.
 ORDER = (
-    ("errors", "host_memory"),
-    ("vectors",),
-    ("buckets", "capture", "offload", "readings"),
-    ("autodiff",),
-    ("curvature",),
-    ("updates",),
-    ("granularity",),
-    ("hyperparameters",),
-    ("tuned",),
-    ("hyperparameter_set",),
-    ("records",),
-    ("model_state", "optimizer_state"),
-    ("training",),
-    ("adjoint", "second_order", "solvers", "stationarity", "trajectory", "update_adjoint", "watch"),
+    ("errors",),
+    ("ground",),
+    ("device",),
+    ("solvers", "updates"),
+    ("tune",),
+    ("step",),
+    ("history",),
     ("methods",),
-    ("checks", "checkpoint", "hyper_step", "trust"),
+    ("safety",),
     ("hyper_optimizer",),
     ("testing",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+
+# The same inside rooms. In those that are not here, siblings know no more than their base.
+INNER_ORDER = {
+    "ground": (("vectors",), ("buckets", "autodiff")),
+    "device": (("capture", "host_memory", "offload", "readings"),),
+    "tune": (("granularity",), ("hyperparameter",), ("tuned",), ("hyperparameter_set",), ("hypergradient",)),
+    "step": (
+        ("batch",),
+        ("state",),
+        ("live_model", "live_optimizer"),
+        ("live", "running"),
+        ("gradient",),
+        ("traced", "update"),
+        ("mean_gradient", "reverse", "stationarity"),
+        ("gauss_newton", "second_order"),
+        ("transition", "validation"),
+        ("problem",),
+    ),
+    "history": (("base", "generators", "packing"), ("snapshots",), ("graphs",)),
+    "safety": (("checkpoint", "checks", "trust", "watch"), ("hyper_step",)),
+}
 
 # The same inside the user's layer. A report reads the files of runs, and knows nothing of what wrote them.
 EXPERIMENT_ORDER = (
@@ -51,14 +65,16 @@ EXPERIMENT_ORDER = (
     ("compare",),
 )
 EXPERIMENT_LEVEL = {name: level for level, names in enumerate(EXPERIMENT_ORDER) for name in names}
-APART = {("solvers", "training")}  # the first may not import the second, though it is lower: solvers know vectors alone
+# The first may not import the second, though it is lower: solvers know vectors alone.
+APART = {("solvers", "device"), ("solvers", "ground")}
 TOP = len(ORDER)
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def dotted(file: Path) -> tuple[str, ...]:
-    """The module's name inside the package: ("updates", "adam"); a package's own file is ("updates", "__init__")."""
+    """The module's name inside the package: ("updates", "adam");
+    a package's own file is ("updates", "__init__")."""
     return file.relative_to(PACKAGE).with_suffix("").parts
 
 
@@ -66,7 +82,8 @@ MODULES = {dotted(file) for file in FILES}
 
 
 def submodules(base: tuple[str, ...], names: list[str]) -> Iterator[tuple[str, ...]]:
-    """What ``from base import names`` reads: submodules where names are such, else the module ``base`` itself."""
+    """What ``from base import names`` reads: submodules where names are such,
+    else the module ``base`` itself."""
     for name in names:
         inner = (*base, name)
         yield inner if inner in MODULES or (*inner, "__init__") in MODULES else base
@@ -99,9 +116,7 @@ def complaint(module: tuple[str, ...], imported: tuple[str, ...]) -> str | None:
     if own == other == "experiment":
         return complaint_in_experiment(module[1], imported[1:])
     if own == other:
-        if module[-1] == "__init__":
-            return None
-        return None if imported[1:] == ("base",) else "is a sibling other than base"
+        return None if module[-1] == "__init__" else complaint_in_room(own, module[1], imported[1:])
     if (own, other) in APART:
         return f"may not know {other}"
     own_level, other_level = LEVEL.get(own, TOP), LEVEL.get(other, TOP)
@@ -112,6 +127,16 @@ def complaint(module: tuple[str, ...], imported: tuple[str, ...]) -> str | None:
     return f"is on level {other_level} and the importing module on level {own_level}"
 
 
+def complaint_in_room(room: str, own: str, imported: tuple[str, ...]) -> str | None:
+    """The same for two modules of one room."""
+    if room not in INNER_ORDER:
+        return None if imported == ("base",) else "is a sibling other than base"
+    level = {name: level for level, names in enumerate(INNER_ORDER[room]) for name in names}
+    if imported and own in level and level.get(imported[0], TOP) < level[own]:
+        return None
+    return f"is no lower than the importing module in the order of {room}"
+
+
 def complaint_in_experiment(own: str, imported: tuple[str, ...]) -> str | None:
     """The same for two modules of the user's layer."""
     other = imported[0] if imported else "__init__"
@@ -119,7 +144,10 @@ def complaint_in_experiment(own: str, imported: tuple[str, ...]) -> str | None:
         return None if other in ("report", "config") else "is not for a report, which reads files"
     if EXPERIMENT_LEVEL.get(other, TOP) < EXPERIMENT_LEVEL[own]:
         return None
-    return f"is on level {EXPERIMENT_LEVEL.get(other, 'none')} and the importing module on level {EXPERIMENT_LEVEL[own]}"
+    return (
+        f"is on level {EXPERIMENT_LEVEL.get(other, 'none')} "
+        f"and the importing module on level {EXPERIMENT_LEVEL[own]}"
+    )
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: "/".join(dotted(file)))
@@ -133,25 +161,33 @@ def test_every_level_is_a_module():
     assert set(LEVEL) <= {module[0] for module in MODULES}
     inner = {module[1] for module in MODULES if module[0] == "experiment"}
     assert set(EXPERIMENT_LEVEL) == inner - {"__init__", "report"}
+    for room, order in INNER_ORDER.items():
+        files = {module[1] for module in MODULES if module[0] == room}
+        assert {name for names in order for name in names} == files - {"__init__"}
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        (("vectors",), "from .updates import rule_of"),
-        (("solvers", "cg"), "from ..training import Training"),
+        (("ground", "vectors"), "from ..updates import rule_of"),
+        (("ground", "vectors"), "from .buckets import Bucket"),
+        (("solvers", "cg"), "from ..step.transition import Transition"),
+        (("solvers", "cg"), "from ..device.readings import Readings"),
         (("solvers", "cg"), "from .neumann import Neumann"),
         (("solvers", "cg"), "from . import neumann"),
-        (("trajectory",), "from .solvers import CG"),
+        (("history", "snapshots"), "from .graphs import KeptGraphs"),
+        (("history", "snapshots"), "from ..methods import Unrolled"),
+        (("step", "gradient"), "from .transition import Transition"),
+        (("step", "live_model"), "from .live_optimizer import LiveOptimizer"),
         (("updates", "adam"), "def late():\n    from .sgd import sgd"),
-        (("updates", "adam"), "from ..hyperparameters import Hyperparameter"),
-        (("updates", "__init__"), "from ..training import Training"),
-        (("training",), "from . import methods"),
+        (("updates", "adam"), "from ..tune.hyperparameter import Hyperparameter"),
+        (("updates", "__init__"), "from ..step.update import UpdateStage"),
+        (("step", "update"), "from .. import methods"),
         (("methods", "unrolled"), "from torch_hypergrad.hyper_optimizer import HyperOptimizer"),
         (("methods", "unrolled"), "import torch_hypergrad.testing"),
         (("methods", "unrolled"), "from torch_hypergrad import CG"),
         (("testing",), "from .cli import main"),
-        (("training",), "from .experiment.config import Config"),
+        (("step", "update"), "from ..experiment.config import Config"),
         (("experiment", "data"), "from .loop import Run"),
         (("experiment", "models"), "from .datasets import read_source"),
         (("experiment", "report", "curves"), "from ..loop import Run"),
@@ -166,8 +202,12 @@ def test_the_walls_stop_what_breaks_the_order(module, source):
     [
         (("solvers", "cg"), "from .base import Solver\nfrom ..errors import SolverError\nimport torch"),
         (("solvers", "__init__"), "from .cg import CG"),
-        (("methods", "implicit"), "from .. import autodiff\nfrom ..solvers import Solver\nfrom ..trajectory import pack_step"),
-        (("training",), "from .updates.base import scalar_dtype"),
+        (
+            ("methods", "implicit"),
+            "from ..ground import autodiff\nfrom ..solvers import Solver\nfrom ..history import History",
+        ),
+        (("step", "live_optimizer"), "from ..updates.base import scalar_dtype"),
+        (("step", "transition"), "from .gradient import GradientStage"),
         (("cli",), "from .experiment import start\nfrom .experiment.config import Config"),
         (("experiment", "loop"), "from ..hyper_optimizer import HyperOptimizer\nfrom .build import Parts"),
         (("experiment", "report", "curves"), "from .read import RunData\nfrom ..config import ConfigError"),
@@ -182,10 +222,14 @@ def test_a_public_name_is_there_and_documented(name):
     thing = getattr(torch_hypergrad, name)
     text = inspect.getdoc(thing)
     assert text, f"{name} has no docstring"
-    assert not text.startswith(f"{name}("), f"{name} has no docstring of its own, only what dataclass makes up"
+    assert not text.startswith(f"{name}("), (
+        f"{name} has no docstring of its own, only what dataclass makes up"
+    )
 
 
-@pytest.mark.parametrize("name", [n for n in torch_hypergrad.__all__ if inspect.isclass(getattr(torch_hypergrad, n))])
+@pytest.mark.parametrize(
+    "name", [n for n in torch_hypergrad.__all__ if inspect.isclass(getattr(torch_hypergrad, n))]
+)
 def test_the_public_methods_of_a_public_class_are_documented(name):
     thing = getattr(torch_hypergrad, name)
     methods = [m for m, value in vars(thing).items() if not m.startswith("_") and inspect.isfunction(value)]

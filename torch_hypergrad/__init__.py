@@ -8,15 +8,17 @@ from .errors import (
     TrajectoryError,
 )
 from .hyper_optimizer import HyperOptimizer, HyperReport
-from .hyperparameters import Hyperparameter
 from .methods import ForwardMode, Implicit, Method, Unrolled
 from .solvers import CG, Cholesky, Identity, Neumann, Nystrom, SolveInfo, Solver
+from .step.running import BufferRule, register_buffers
+from .tune.hyperparameter import Hyperparameter
 from .updates import UpdateRule, register_update
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "BufferRule",
     "Cholesky",
     "ForwardMode",
     "HyperOptimizer",
@@ -36,5 +38,6 @@ __all__ = [
     "TrajectoryError",
     "Unrolled",
     "UpdateRule",
+    "register_buffers",
     "register_update",
 ]

@@ -14,7 +14,8 @@ class NonFiniteError(HypergradientError):
 
 
 class SolverError(HypergradientError):
-    """The linear solve of the implicit method failed: divergence, or a matrix that is not positive definite."""
+    """The linear solve of the implicit method failed: divergence, or a matrix that is not positive
+    definite."""
 
 
 class NotTwiceDifferentiableError(HypergradientError):

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import autodiff
-from .checkpoint import check_checkpoint, fingerprint
-from .checks import check_hyper_optimizer, check_not_compiled, check_tuned_tensors, check_types, parameter_names
+from .device.capture import recorder_for
+from .device.host_memory import keep_freed_memory
+from .device.readings import Reading
 from .errors import TrajectoryError
-from .hyper_step import HyperReport, check_losses, finite_norm, finite_validation_loss, move_values, put_back_on_error
-from .hyperparameter_set import HyperparameterSet
-from .methods import Method, Statistics, Validation
-from .readings import Reading, Readings, settled
-from .training import GradTransform, Loss, Training, check_loss
-from .trajectory import pack_state, unpack_state
-from .trust import warnings_of
+from .history.packing import pack_state, unpack_state
+from .methods import Method
+from .safety.checkpoint import check_checkpoint, fingerprint
+from .safety.checks import (
+    check_hyper_optimizer,
+    check_memory,
+    check_not_compiled,
+    check_one_process,
+    check_tuned_tensors,
+    check_types,
+    parameter_names,
+    validation_batches,
+)
+from .safety.hyper_step import (
+    AskedValidation,
+    HyperReport,
+    asked_statistics,
+    check_losses,
+    finite_norm,
+    move_values,
+    put_back_on_error,
+    report_of,
+)
+from .safety.watch import Watch
+from .step.gradient import GradTransform, Loss
+from .step.live_model import LiveModel
+from .step.live_optimizer import LiveOptimizer
+from .step.problem import make_problem
+from .tune.hyperparameter_set import HyperparameterSet
 from .updates import rule_of
-from .watch import Watch
+
+NOT_GIVEN: Any = object()
+"""A batch may be anything, None included."""
 
 
 class HyperOptimizer:
@@ -32,31 +53,33 @@ class HyperOptimizer:
 
     Args:
         model: the model; every parameter of the optimizer must be one of its parameters.
-        optimizer: a ``torch.optim`` optimizer, or one with a registered update rule. Its state is kept in its own format.
-            Its ``step`` is called by :class:`Implicit` alone, while settings are tuned per group, if at all; else
-            :meth:`step` takes its place.
-        train_loss: ``train_loss(model, batch) -> scalar tensor``. It is called again on recorded batches, so it must read
-            nothing that changes between steps but the model, the batch and the tuned tensors.
-        tune: what to tune: :class:`Hyperparameter` for settings of the optimizer; an ``nn.Module`` or a leaf tensor that
-            ``train_loss`` reads, or a pair of a name and one of these.
+        optimizer: a ``torch.optim`` optimizer, or one with a registered update rule. Its state is kept in its
+            own format. Its ``step`` is called by :class:`Implicit` alone, while settings are tuned per group,
+            if at all; else :meth:`step` takes its place.
+        train_loss: ``train_loss(model, batch) -> scalar tensor``. It is called again on recorded batches, so
+            it must read nothing that changes between steps but the model, the batch and the tuned tensors.
+        tune: what to tune: :class:`Hyperparameter` for settings of the optimizer; an ``nn.Module`` or a leaf
+            tensor that ``train_loss`` reads, or a pair of a name and one of these.
         method: :class:`Unrolled`, :class:`ForwardMode` or :class:`Implicit`.
         hyper_optimizer: makes the optimizer of the hyperparameters from a list of leaf tensors, for instance
             ``functools.partial(torch.optim.Adam, lr=1e-2)``.
-        val_loss: ``val_loss(model, batch) -> scalar tensor``. None takes ``train_loss``, which is allowed only while all
-            that is tuned are settings of the optimizer.
-        grad_transform: a differentiable function from the list of gradients (those that are not None, in the order of
-            the optimizer's parameters) to such a list, such as clipping; applied in training and in replay.
-        capture: on a CUDA device, record the training loss and its gradient in a CUDA graph for each shape of batches,
-            and replay it in the place of hundreds of launches; with :class:`Unrolled` the double backward pass too, with
-            :class:`Implicit` the whole solve of :class:`Neumann` and :class:`Identity`, and products of other solvers. For a
-            ``train_loss`` that does nothing in Python that must be done anew at each step; equal to the eager result up
-            to rounding. What cannot be recorded is computed eagerly, and one warning says why.
+        val_loss: ``val_loss(model, batch) -> scalar tensor``. None takes ``train_loss``, which is allowed
+            only while all that is tuned are settings of the optimizer.
+        grad_transform: a differentiable function from the list of gradients (those that are not None, in the
+            order of the optimizer's parameters) to such a list, such as clipping; applied in training and in
+            replay.
+        capture: on a CUDA device, record the training loss and its gradient in a CUDA graph for each shape of
+            batches, and replay it in the place of hundreds of launches; with :class:`Unrolled` double
+            backward too, with :class:`Implicit` the whole solve or its products. For a ``train_loss`` that
+            does nothing in Python that must be done anew at each step. What cannot be recorded is computed
+            eagerly, and one warning says why.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, with the reason.
 
     Example:
-        >>> model = nn.Linear(3, 1)
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 1)
         >>> def train_loss(model, batch):
         ...     x, y = batch
         ...     return (model(x) - y).square().mean()
@@ -87,83 +110,90 @@ class HyperOptimizer:
         capture: bool = False,
     ) -> None:
         check_types(model, optimizer, train_loss, method, hyper_optimizer, val_loss, grad_transform)
+        check_one_process(model)
         rule = rule_of(optimizer)
         names = parameter_names(model, optimizer)
+        check_memory(model, optimizer)
         tune = [tune] if not isinstance(tune, (list, tuple)) else list(tune)
         hyperparameters = HyperparameterSet(tune, optimizer.param_groups, names, rule)
         method.check(hyperparameters, rule, type(optimizer).__name__)
         if method.needs_second_derivatives:
             check_not_compiled([model, *hyperparameters.modules])
         check_tuned_tensors(hyperparameters, optimizer, val_loss)
+        keep_freed_memory()
         self.model, self.optimizer = model, optimizer
         self._hyperparameters, self._method = hyperparameters, method
-        self._val_loss = train_loss if val_loss is None else val_loss
-        self._training = Training(
-            model,
-            optimizer,
-            rule,
+        self._problem = make_problem(
+            LiveModel([model, *hyperparameters.modules], optimizer, names, hyperparameters.loss_tensors),
+            LiveOptimizer(optimizer, rule, hyperparameters.are_per_weight),
             hyperparameters,
             train_loss,
+            train_loss if val_loss is None else val_loss,
             grad_transform,
-            [name for of_group in names for name in of_group],
-            twice_differentiable=method.replays and method.needs_second_derivatives,
+            recorder_for([p for group in optimizer.param_groups for p in group["params"]])
+            if capture
+            else None,
             keeps_graphs=method.keeps_graphs,
-            captures=capture,
+            twice_differentiable=method.replays and method.needs_second_derivatives,
         )
-        self._recording = method.start(self._training)
+        self._window = method.start(self._problem)
         self.hyper_optimizer = hyper_optimizer([tuned.leaf for tuned in hyperparameters.all])
         check_hyper_optimizer(self.hyper_optimizer, hyperparameters)
-        self._watch = Watch(self._training)
-        self._origin = self._training.capture()
+        self._watch = Watch(self._problem)
+        self._origin = self._problem.live.state()
         self._number = 0
 
-    # ---- training -------------------------------------------------------------------------------------------------
+    # ---- training -----------------------------------------------------------------------------------------
 
     def step(self, batch: Any) -> Tensor:
         """One training step; the optimizer's ``zero_grad``, ``backward`` and ``step`` in one.
 
         Args:
-            batch: any pytree of tensors (lists, tuples and dicts), given to ``train_loss`` and recorded by reference:
-                its tensors must not be changed in place until the next hyper step.
+            batch: any pytree of tensors (lists, tuples and dicts), given to ``train_loss`` and recorded by
+                reference: its tensors must not be changed in place until the next hyper step.
 
         Returns:
             The training loss before the step, without graph.
 
         Raises:
-            TypeError, ValueError: if ``train_loss`` does not return a scalar tensor with a graph or writes to parameters, or
-                a schedule has ended.
+            TypeError, ValueError: if ``train_loss`` does not return a scalar tensor with a graph or writes to
+                parameters, or a schedule has ended.
             TrajectoryError: if somebody else has written to the parameters, the optimizer's state or the
                 hyperparameters since the recording began.
         """
-        training, recording = self._training, self._recording
+        live, window = self._problem.live, self._window
         self._watch.check(self._number)
-        state = training.capture() if recording.reads_states else None
-        tampered = None if state is None else self._watch.compare(state, self._number)
-        step = training.begin(self._number, batch, tampered)
-        with training.undone_on_error(step, None if state is None else state.buffers):
-            step, after = recording.take(step, state)
-        if after is not None:
-            training.write(after)
-        if after is not None and recording.checks_parameters:
+        with live.model.autocast_for_losses():
+            state = live.state() if window.reads_states else None
+            tampered = None if state is None else self._watch.compare(state, self._number)
+            step = live.begin(self._number, batch, tampered)
+            with live.undone_on_error(step, None if state is None else state.buffers):
+                step, after = window.take(step, state)
+            if after is not None:
+                live.write(after)
+        if after is not None and window.checks_parameters:
             self._watch.step_written(after)
         self._number += 1
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # LR schedulers look here for the order of calls
+        assert step.loss is not None
         return step.loss
 
     def restart(self) -> None:
-        """Puts parameters, buffers and the optimizer's state back to where this HyperOptimizer began, and begins a new
-        episode. Hyperparameters stay; recorded steps are dropped."""
-        self._training.reset(self._origin)
+        """Puts parameters, buffers and the optimizer's state back to where this HyperOptimizer began, and
+        begins a new episode. Hyperparameters stay; recorded steps are dropped."""
+        self._problem.live.reset(self._origin)
         self._begin_window()
         self._number = 0
 
-    # ---- hyperparameters ------------------------------------------------------------------------------------------
+    # ---- hyperparameters ----------------------------------------------------------------------------------
 
     def values(self) -> dict[str, Tensor]:
-        """The current values by name: ``"lr/group0"``, ``"weight_decay/layers.0.weight"``, or the name of a tensor.
+        """The current values by name: ``"lr/group0"``, ``"weight_decay/layers.0.weight"``, or the name of a
+        tensor.
 
         Returns:
-            Copies, of shape ``()`` per group and tensor, the parameter's own per element, ``(num_steps,)`` per step.
+            Copies, of shape ``()`` per group and tensor, the parameter's own per element, ``(num_steps,)``
+            per step.
         """
         return self._hyperparameters.values()
 
@@ -174,131 +204,141 @@ class HyperOptimizer:
             ValueError: for an unknown name, another shape, or values out of bounds; nothing has changed then.
             TrajectoryError: in the middle of a recorded window, which was trained with the old values.
         """
-        if self._recording.checks_parameters and any(True for _ in self._recording.steps()):
+        if self._window.checks_parameters and any(True for _ in self._window.steps()):
             raise TrajectoryError(
-                f"set_values before training step {self._number + 1} is in the middle of a recorded window, which was trained "
-                "with the old values of the hyperparameters. Call it after a hyper step or restart(), which end the window."
+                f"set_values before training step {self._number + 1} is in the middle of a recorded window, "
+                "which was trained with the old values of the hyperparameters. Call it after a hyper step "
+                "or restart(), which end the window."
             )
         self._hyperparameters.check_values(values)
         self._hyperparameters.set_values(values)
 
-    def validation_loss(self, val_batch: Any) -> Tensor:
-        """The validation loss at the current weights, a scalar without graph. Changes nothing, buffers and random number
-        generators included."""
-        asked = Readings()
-        with self._training.preserved():
-            validation, _ = self._validation(val_batch, asked)
-            asked.read()
-        return validation.loss
+    def validation_loss(
+        self,
+        val_batch: Any = NOT_GIVEN,
+        *,
+        batches: Iterable[Any] | None = None,
+        sizes: Sequence[float] | None = None,
+    ) -> Tensor:
+        """The validation loss at the current weights, a scalar without graph. Changes nothing, buffers and
+        random number generators included. The arguments are those of :meth:`hypergradient`."""
+        asked = self._asked(val_batch, batches, sizes)
+        live, readings = self._problem.live, self._problem.readings
+        with live.model.autocast_for_losses(), readings.before_errors(), live.preserved():
+            loss = asked().loss
+            readings.read()
+        return loss
 
-    def hypergradient(self, val_batch: Any) -> dict[str, Tensor]:
+    def hypergradient(
+        self,
+        val_batch: Any = NOT_GIVEN,
+        *,
+        batches: Iterable[Any] | None = None,
+        sizes: Sequence[float] | None = None,
+    ) -> dict[str, Tensor]:
         """The derivative of the validation loss with respect to the values, also of those on a log scale.
 
         Changes nothing, and the recording goes on.
 
         Args:
             val_batch: what ``val_loss`` is called with.
+            batches: in its place, several such batches (a list, a loader), over which loss and gradients are
+                averaged before one solve or sweep.
+            sizes: the weight of each of these in the mean, such as its number of examples; None for one each.
 
         Returns:
             The derivative, with the names and shapes of :meth:`values`.
 
         Raises:
-            TrajectoryError: if nothing is recorded, or a recorded batch or the parameters were changed.
+            TrajectoryError: if nothing is recorded, a recorded batch or the parameters were changed, or a
+                loss computed again is not what it was.
             NonFiniteError: if a loss or the result is not finite.
             SolverError: if the solver failed.
             NotTwiceDifferentiableError: if the training loss has no second derivative.
+            TypeError, ValueError: for both or neither of ``val_batch`` and ``batches``, none in these, or
+                other ``sizes``.
         """
-        asked = Readings()
-        gradients = self._hypergradient(val_batch, asked)[0]
-        asked.read()
+        gradients = self._hypergradient(self._asked(val_batch, batches, sizes))[0]
+        self._problem.readings.read()
         return self._hyperparameters.named(gradients)
 
-    def hyper_step(self, val_batch: Any) -> HyperReport:
+    def hyper_step(
+        self,
+        val_batch: Any = NOT_GIVEN,
+        *,
+        batches: Iterable[Any] | None = None,
+        sizes: Sequence[float] | None = None,
+    ) -> HyperReport:
         """The hypergradient, then one step of the hyper optimizer on the values, then projection onto bounds.
 
-        The recording ends: training goes on from the current weights, and the next window begins there.
-
-        Args:
-            val_batch: what ``val_loss`` is called with.
+        The recording ends: training goes on from the current weights, and the next window begins there. The
+        arguments are those of :meth:`hypergradient`.
 
         Raises:
             HypergradientError: as :meth:`hypergradient`; then nothing has changed.
         """
-        asked = Readings()
-        gradients, val_loss, norm, statistics = self._hypergradient(val_batch, asked)
-        with self._put_back_on_error():
-            clipped = move_values(self._hyperparameters, self.hyper_optimizer, gradients, asked)
-            asked.read()  # the one time that a hyper step waits for the device
+        asked, readings = self._asked(val_batch, batches, sizes), self._problem.readings
+        gradients, norm, statistics = self._hypergradient(asked)
+        with put_back_on_error(self._problem, self.hyper_optimizer, self._watch):
+            clipped = move_values(self._hyperparameters, self.hyper_optimizer, gradients, readings)
+            readings.read()  # the one time that a hyper step waits for the device
         self._begin_window()
-        found = Statistics(**{name: settled(value) for name, value in vars(statistics).items()})
-        counts = {label: int(count.value) for label, count in clipped.items() if count.value}
-        warnings = warnings_of(found, self._training.params)
-        return HyperReport(val_loss.value, norm.value, **vars(found), clipped=counts, warnings=warnings)
+        return report_of(asked.value(), norm.value, statistics, clipped, self._problem.live.params)
 
-    @contextmanager
-    def _put_back_on_error(self) -> Iterator[None]:
-        """Undoes what a hyper step does if it fails."""
-        model_state = self._training.model_state
-        surroundings = model_state.surroundings()
-        try:
-            with put_back_on_error(self._hyperparameters, self.hyper_optimizer):
-                yield
-        except BaseException:
-            model_state.set_surroundings(surroundings)
-            self._watch.hyperparameters_restored()
-            raise
+    def _asked(
+        self, val_batch: Any, batches: Iterable[Any] | None, sizes: Sequence[float] | None
+    ) -> AskedValidation:
+        return AskedValidation(self._problem, validation_batches(val_batch, NOT_GIVEN, batches, sizes))
 
     def _hypergradient(
-        self, val_batch: Any, asked: Readings
-    ) -> tuple[list[Tensor], Reading[float], Reading[float], Statistics]:
-        """The hypergradient, the validation loss, the hypergradient's norm and the method's statistics."""
-        training = self._training
+        self, validate: AskedValidation
+    ) -> tuple[list[Tensor], Reading[float], dict[str, Any]]:
+        """The hypergradient, its norm, and the method's statistics as numbers or readings of them."""
+        live, readings = self._problem.live, self._problem.readings
         self._watch.check(self._number)
-        with asked.before_errors():
-            self._check_recorded(asked)
-            with training.preserved():
-                validation, val_loss = self._validation(val_batch, asked)
-                gradients, statistics = self._recording.hypergradient(validation)
-        for found in vars(statistics).values():
-            asked.note(found)
-        squares = [g.detach().double().square().sum() for g in gradients]
-        norm = asked.ask(squares, partial(finite_norm, self._hyperparameters, gradients))
-        return gradients, val_loss, norm, statistics
+        with readings.before_errors():
+            self._check_recorded()
+            with live.model.autocast_for_losses(), live.preserved():
+                total, statistics = self._window.hypergradient(validate)
+                gradients = total.result()
+            found = asked_statistics(statistics, readings)
+            squares = [g.detach().double().square().sum() for g in gradients]
+            norm = readings.ask(squares, partial(finite_norm, self._hyperparameters, gradients))
+        return gradients, norm, found
 
-    def _validation(self, val_batch: Any, asked: Readings) -> tuple[Validation, Reading[float]]:
-        training, tensors = self._training, self._hyperparameters.loss_tensors
-        with torch.enable_grad(), training.kernels(twice_differentiable=False):
-            loss = self._val_loss(self.model, val_batch)
-            check_loss(loss, "val_loss")
-            found = autodiff.gradients([loss], [*training.trainable(), *tensors])
-        val_loss = asked.ask([loss], finite_validation_loss)
-        by_param = dict(zip(map(id, training.trainable()), found))
-        first = len(training.trainable())
-        return Validation(loss.detach(), [by_param.get(id(p)) for p in training.params], found[first:]), val_loss
+    # ---- checks -------------------------------------------------------------------------------------------
 
-    # ---- checks ---------------------------------------------------------------------------------------------------
-
-    def _check_recorded(self, asked: Readings) -> None:
-        steps = list(self._recording.steps())
+    def _check_recorded(self) -> None:
+        readings, steps = self._problem.readings, list(self._window.steps())
         if not steps:
             raise TrajectoryError(
-                "There are no training steps to differentiate: none was taken since this HyperOptimizer was made, restarted "
-                "or took its last hyper step. Call step(batch) first."
+                "There are no training steps to differentiate: none was taken since this HyperOptimizer was "
+                "made, restarted or took its last hyper step. Call step(batch) first."
             )
-        asked.ask([step.loss for step in steps], partial(check_losses, steps))
-        self._watch.check_values(steps, self._number, asked)
+        losses = [step.loss for step in steps if step.loss is not None]
+        readings.ask(losses, partial(check_losses, steps))
+        self._watch.check_values(steps, self._number, readings)
 
     def _begin_window(self) -> None:
-        self._recording.clear()
+        self._window.clear()
         self._watch.reset()
 
-    # ---- checkpoints ----------------------------------------------------------------------------------------------
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "A HyperOptimizer cannot be copied or pickled: train_loss would go on reading the model and the "
+            "tuned tensors of the original. Make another one in the same way, and call "
+            "other.load_state_dict(hyper.state_dict())."
+        )
+
+    # ---- checkpoints --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole run, also in the middle of a trajectory: model, optimizer, hyperparameters, hyper optimizer, recorded
-        steps with their batches, the start that :meth:`restart` goes back to, and the random number generators.
+        """The whole run, also in the middle of a trajectory: model, optimizer, hyperparameters, hyper
+        optimizer, recorded steps with their batches, the start that :meth:`restart` goes back to, and the
+        random number generators.
 
-        Plain containers of tensors, which ``torch.load(..., weights_only=True)`` takes, if the batches are such.
+        Plain containers of tensors, which ``torch.load(..., weights_only=True)`` takes, if the batches are
+        such.
         """
         return {
             "fingerprint": self._fingerprint(),
@@ -308,42 +348,45 @@ class HyperOptimizer:
             "hyperparameters": [tuned.leaf.detach().clone() for tuned in self._hyperparameters.all],
             "bases": [setting.base for setting in self._hyperparameters.settings],
             "hyper_optimizer": self.hyper_optimizer.state_dict(),
-            "recording": self._recording.state_dict(),
+            "window": self._window.state_dict(),
             "origin": pack_state(self._origin),
-            "state": pack_state(replace(self._training.capture(), params=())),  # buffers that are not persistent, and dtypes
+            "state": pack_state(self._problem.live.state()),  # buffers that are not persistent, and dtypes
             "number": self._number,
-            "rng": list(self._training.model_state.surroundings().rng),
+            "rng": list(self._problem.live.model.rng()),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a run saved by :meth:`state_dict`: what follows is bitwise what would have followed there.
+        """Takes over a run saved by :meth:`state_dict`: what follows is bitwise what would have followed
+        there.
 
         Sets the global random number generators too.
 
         Raises:
             TypeError: if ``state_dict`` is no dict.
-            ValueError: if it was saved with another model, optimizer, method or other hyperparameters; nothing has
-                changed then.
+            ValueError: if it was saved with another model, optimizer, method or other hyperparameters;
+                nothing has changed then.
         """
-        training, hyperparameters = self._training, self._hyperparameters
+        live, hyperparameters = self._problem.live, self._hyperparameters
         check_checkpoint(state_dict, self._fingerprint(), hyperparameters)
         self.model.load_state_dict(state_dict["model"])
         for module, saved in zip(hyperparameters.modules, state_dict["modules"]):
             module.load_state_dict(saved)
         self.optimizer.load_state_dict(state_dict["optimizer"])
-        training.reset(unpack_state(state_dict["state"], training))
+        live.reset(unpack_state(state_dict["state"], live.optimizer)[0])
         for setting, base in zip(hyperparameters.settings, state_dict["bases"]):
             setting.base = base
         for tuned, leaf in zip(hyperparameters.all, state_dict["hyperparameters"]):
             tuned.set_leaf(leaf)
         self.hyper_optimizer.load_state_dict(state_dict["hyper_optimizer"])
-        self._origin = unpack_state(state_dict["origin"], training)
+        self._origin, _ = unpack_state(state_dict["origin"], live.optimizer)
         self._begin_window()
-        self._recording.load_state_dict(state_dict["recording"])
+        self._window.load_state_dict(state_dict["window"])
         self._number = state_dict["number"]
-        training.model_state.set_rng(state_dict["rng"])
-        if self._recording.checks_parameters and any(True for _ in self._recording.steps()):
-            self._watch.step_written(training.capture())
+        live.model.set_rng(state_dict["rng"])
+        if self._window.checks_parameters and any(True for _ in self._window.steps()):
+            self._watch.step_written(live.state())
 
     def _fingerprint(self) -> dict[str, Any]:
-        return fingerprint(self.model, self.optimizer, self._method, self._hyperparameters, self.hyper_optimizer)
+        return fingerprint(
+            self.model, self.optimizer, self._method, self._hyperparameters, self.hyper_optimizer
+        )

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .errors import HypergradientError, NonFiniteError
 from .hyper_optimizer import HyperOptimizer
+from .step.state import Buffers
 
 NUM_LEVELS = 6
 
@@ -55,13 +55,15 @@ def check_hypergradient(
 ) -> list[CheckedEntry]:
     """Compares a hypergradient with central finite differences of the validation loss after re-run training.
 
-    Training is run anew for each perturbed value, with the same random numbers. Buffers (BatchNorm's statistics) are
-    put back to those of the first run before each step, since hypergradients take them for constants. The differences
-    are extrapolated to step size 0 (Ridders 1982) from steps of a 50th of the value, or half the way to its upper bound,
-    down to a 32nd of that.
+    Training is run anew for each perturbed value, with the same random numbers. Running statistics, and other
+    buffers with a rule (:func:`torch_hypergrad.register_buffers`), move as training moves them. Other buffers
+    are put back to those of the first run before each step, since hypergradients take them for constants. The
+    differences are extrapolated to step size 0 (Ridders 1982) from steps of a 50th of the value, or half the
+    way to its upper bound, down to a 32nd of that.
 
     Args:
-        make: makes a fresh HyperOptimizer, model and all, the same each time (set seeds inside). Parameters in float64.
+        make: makes a fresh HyperOptimizer, model and all, the same each time (set seeds inside). Parameters
+            in float64.
         train_batches: one batch for each training step; for implicit methods, enough to converge.
         val_batch: the validation batch.
         rtol: relative tolerance.
@@ -81,8 +83,9 @@ def check_hypergradient(
         for name, p in hyper.model.named_parameters():
             if p.dtype != torch.float64:
                 raise ValueError(
-                    f"check_hypergradient needs float64, and the parameter {name!r} is {p.dtype}: call model.double() and "
-                    "give float64 batches. Finite differences have no digits left in lower precision."
+                    f"check_hypergradient needs float64, and the parameter {name!r} is {p.dtype}: call "
+                    "model.double() and give float64 batches. Finite differences have no digits left in "
+                    "lower precision."
                 )
         hypergradient = hyper.hypergradient(val_batch)
         generator = torch.Generator().manual_seed(seed)
@@ -94,14 +97,16 @@ def check_hypergradient(
                     return _validation_loss(make, train_batches, val_batch, seed, buffers, name, index, shift)
 
                 reference, uncertainty = derivative(loss_at, _width(hyper, name, index))
-                entries.append(CheckedEntry(name, index, computed.reshape(-1)[index].item(), reference, uncertainty))
+                entries.append(
+                    CheckedEntry(name, index, computed.reshape(-1)[index].item(), reference, uncertainty)
+                )
     _raise_on_mismatch(entries, rtol, atol)
     return entries
 
 
 def _width(hyper: HyperOptimizer, name: str, index: int) -> float:
-    """The largest step of the differences: a 50th of the value, and at most half the way to its upper bound, past which
-    beta2 = 0.999 has no meaning."""
+    """The largest step of the differences: a 50th of the value, and at most half the way to its upper bound,
+    past which beta2 = 0.999 has no meaning."""
     value = hyper.values()[name].reshape(-1)[index].item()
     width = 0.02 * (abs(value) if value != 0 else 0.1)
     highs = [tuned.high for tuned in hyper._hyperparameters.settings if name in tuned.named(tuned.values())]
@@ -134,20 +139,26 @@ def _trained(
     make: Callable[[], HyperOptimizer],
     train_batches: Sequence[Any],
     seed: int,
-    buffers: Sequence[Sequence[Tensor | None]] | None = None,
+    constants: Sequence[Buffers] | None = None,
     perturb: Callable[[HyperOptimizer], None] | None = None,
-) -> tuple[HyperOptimizer, list[tuple[Tensor | None, ...]]]:
-    """A trained HyperOptimizer and the buffers before each step and at the end; given ones are put in their place."""
+) -> tuple[HyperOptimizer, list[Buffers]]:
+    """A trained HyperOptimizer, and the buffers before each step and at the end; those of ``constants`` are
+    put into the place of buffers that are constants of differentiation."""
     torch.manual_seed(seed)
     hyper = make()
     if perturb is not None:
         perturb(hyper)
     found = []
     torch.manual_seed(seed)
+    problem = hyper._problem
+    moving = problem.transition.gradient.running.places
     for t in range(len(train_batches) + 1):
-        if buffers is not None:
-            hyper._training.model_state.set_buffers(buffers[t])
-        found.append(hyper._training.model_state.buffers())
+        if constants is not None:
+            now = problem.live.model.buffers()
+            problem.live.model.set_buffers(
+                [n if i in moving else c for i, (n, c) in enumerate(zip(now, constants[t]))]
+            )
+        found.append(problem.live.model.buffers())
         if t < len(train_batches):
             hyper.step(train_batches[t])
     return hyper, found
@@ -158,7 +169,7 @@ def _validation_loss(
     train_batches: Sequence[Any],
     val_batch: Any,
     seed: int,
-    buffers: Sequence[Sequence[Tensor | None]],
+    constants: Sequence[Buffers],
     name: str,
     index: int,
     shift: float,
@@ -168,13 +179,14 @@ def _validation_loss(
         value.view(-1)[index] += shift
         hyper._hyperparameters.set_values({name: value})  # also out of bounds: zero starts have two sides
 
-    hyper, _ = _trained(make, train_batches, seed, buffers, perturb)
+    hyper, _ = _trained(make, train_batches, seed, constants, perturb)
     try:
         return hyper.validation_loss(val_batch).item()
     except NonFiniteError as error:
         raise NonFiniteError(
-            f"Training with {name}[{index}] moved by {shift:g} does not end with a finite validation loss, so there are no "
-            "finite differences to compare with. Check at a value where training is stable, with fewer steps."
+            f"Training with {name}[{index}] moved by {shift:g} does not end with a finite validation loss, "
+            "so there are no finite differences to compare with. Check at a value where training is stable, "
+            "with fewer steps."
         ) from error
 
 
@@ -182,11 +194,13 @@ def _raise_on_mismatch(entries: Sequence[CheckedEntry], rtol: float, atol: float
     wrong = [entry for entry in entries if not entry.agrees(rtol, atol)]
     if wrong:
         lines = "\n".join(
-            f"  {e.name}[{e.index}]: computed {e.computed:.10g}, finite differences {e.reference:.10g} +- {e.uncertainty:.1g}"
+            f"  {e.name}[{e.index}]: computed {e.computed:.10g}, finite differences {e.reference:.10g} +- "
+            f"{e.uncertainty:.1g}"
             for e in wrong
         )
         raise HypergradientMismatchError(
-            f"{len(wrong)} of {len(entries)} entries of the hypergradient differ from finite differences by more than "
-            f"rtol={rtol:g}, atol={atol:g}:\n{lines}\nLikely causes: a train_loss that reads what changes between steps, a "
-            "kink close to the value, make() that is not the same each time, or an update rule that is wrong."
+            f"{len(wrong)} of {len(entries)} entries of the hypergradient differ from finite differences by "
+            f"more than rtol={rtol:g}, atol={atol:g}:\n{lines}\nLikely causes: a train_loss that reads what "
+            "changes between steps, a kink close to the value, make() that is not the same each time, or an "
+            "update rule that is wrong."
         )

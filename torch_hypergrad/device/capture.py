@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 NUM_WARM_UPS = 3
-"""Eager calls before a recording: libraries choose their algorithms in the first ones, and make their workspaces."""
+"""Eager calls before a recording: libraries choose their algorithms in the first ones, and make their
+workspaces."""
 
 MAX_RECORDINGS = 8
 """Each holds the memory of its forward and backward pass."""
@@ -25,11 +26,12 @@ class Recorder(Protocol):
     device: torch.device
 
     def warm_up(self, function: Callable[[], Any]) -> tuple[Any, str | None]:
-        """Calls the function as it will be called for the recording: what it returned, and what speaks against one."""
+        """Calls the function as it will be called for the recording: what it returned, and what speaks
+        against one."""
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """What the function returned, whose memory stays its own, and a call that does the work again into this memory.
-        The recording itself does no work."""
+        """What the function returned, whose memory stays its own, and a call that does the work again into
+        this memory. The recording itself does no work."""
 
 
 class CudaRecorder:
@@ -50,11 +52,13 @@ class CudaRecorder:
         return found, waits[0] if waits else None
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        # Random numbers stay right: the default generator belongs to every graph, which begins at the generator's state when
-        # it is replayed, moves it on as far as the eager call does, and numbers its kernels in the same order.
+        # Random numbers stay right: the default generator belongs to every graph, which begins at the
+        # generator's state when it is replayed, moves it on as far as the eager call does, and numbers its
+        # kernels in the same order.
         graph = torch.cuda.CUDAGraph()
-        # thread_local: a data loader's thread may pin memory meanwhile, which would end a global recording. The outer context
-        # brings the current stream back where a recording fails, which older versions of the inner one do not.
+        # thread_local: a data loader's thread may pin memory meanwhile, which would end a global recording.
+        # The outer context brings the current stream back where a recording fails, which older versions of
+        # the inner one do not.
         with (
             torch.cuda.stream(torch.cuda.current_stream(self.device)),
             torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
@@ -65,8 +69,8 @@ class CudaRecorder:
 
 @contextmanager
 def _noting_waits() -> Iterator[list[str]]:
-    """What waits for the device in the block. Noticed here, it never breaks a recording off, after which torch's random
-    number generator may be left in the midst of it."""
+    """What waits for the device in the block. Noticed here, it never breaks a recording off, after which
+    torch's random number generator may be left in the midst of it."""
     waits: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -89,8 +93,9 @@ def recorder_for(tensors: Sequence[Tensor]) -> Recorder | None:
     if len(devices) == 1 and tensors[0].device.type == "cuda":
         return CudaRecorder(tensors[0].device)
     warnings.warn(
-        f"capture=True: everything is computed eagerly, because the parameters are on {', '.join(devices)}, and only work on "
-        "one CUDA device can be recorded. Move the model there first, or leave out capture=True.",
+        f"capture=True: everything is computed eagerly, because the parameters are on {', '.join(devices)}, "
+        "and only work on one CUDA device can be recorded. Move the model there first, or leave out "
+        "capture=True.",
         stacklevel=2,
     )
     return None
@@ -116,7 +121,9 @@ class Recording:
             if held:
                 torch._foreach_copy_(fresh, held)
         copies = iter(fresh)
-        return tree_unflatten([next(copies) if isinstance(leaf, Tensor) else leaf for leaf in self.outputs], self.spec)
+        return tree_unflatten(
+            [next(copies) if isinstance(leaf, Tensor) else leaf for leaf in self.outputs], self.spec
+        )
 
 
 class CannotCaptureError(Exception):
@@ -126,12 +133,13 @@ class CannotCaptureError(Exception):
 class Captured:
     """A function of a tree of tensors that is recorded for each kind of input, and replayed.
 
-    Inputs of one kind have the same structure, shapes, dtypes and numbers; tensors besides the inputs have the same
-    memory, and the rest of the surroundings is equal. A kind is called eagerly a few times, then recorded. What cannot be
-    recorded is called eagerly for good, and one warning says why.
+    Inputs of one kind have the same structure, shapes, dtypes and numbers; tensors besides the inputs have
+    the same memory, and the rest of the surroundings is equal. A kind is called eagerly a few times, then
+    recorded. What cannot be recorded is called eagerly for good, and one warning says why.
 
-    Only work on the device is replayed, with Python's numbers as they were: the function must not depend on anything
-    else that changes. So it suits a gradient, and not an update rule, whose step counts are numbers of Python.
+    Only work on the device is replayed, with Python's numbers as they were: the function must not depend on
+    anything else that changes. So it suits a gradient, and not an update rule, whose step counts are numbers
+    of Python.
 
     Args:
         function: from a tree to a tree, whose tensors have no graph.
@@ -162,9 +170,13 @@ class Captured:
         except CannotCaptureError as reason:
             return self._give_up(reason)(inputs)
         if kind in self._recordings:
-            return self._recordings[kind].run([leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)])
+            return self._recordings[kind].run(
+                [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+            )
         if kind not in self._calls and len(self._calls) == MAX_RECORDINGS:
-            return self._give_up(f"there were more than {MAX_RECORDINGS} kinds of batches and surroundings")(inputs)
+            return self._give_up(f"there were more than {MAX_RECORDINGS} kinds of batches and surroundings")(
+                inputs
+            )
         self._calls[kind] = self._calls.get(kind, 0) + 1
         if self._calls[kind] <= NUM_WARM_UPS:
             found, objection = self._recorder.warm_up(lambda: self._function(inputs))
@@ -176,14 +188,17 @@ class Captured:
     def _record(self, kind: Hashable, inputs: Any, recorder: Recorder) -> Any:
         leaves, spec = tree_flatten(inputs)
         held = [
-            leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+            leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+            for leaf in leaves
         ]
         try:
             found, replay = recorder.record(lambda: self._function(tree_unflatten(held, spec)))
         except Exception as error:  # whatever it was: the eager call will tell
             return self._give_up(f"{type(error).__name__}: {error}")(inputs)
         outputs, out_spec = tree_flatten(found)
-        self._recordings[kind] = Recording([leaf for leaf in held if isinstance(leaf, Tensor)], outputs, out_spec, replay)
+        self._recordings[kind] = Recording(
+            [leaf for leaf in held if isinstance(leaf, Tensor)], outputs, out_spec, replay
+        )
         return self._recordings[kind].run([leaf for leaf in leaves if isinstance(leaf, Tensor)])
 
     def _kind(self, inputs: Any, device: torch.device) -> Hashable:
@@ -205,15 +220,18 @@ class Captured:
         try:
             hash(kind)
         except TypeError as error:
-            raise CannotCaptureError(f"the batch holds something else than tensors and plain values: {error}") from None
+            raise CannotCaptureError(
+                f"the batch holds something else than tensors and plain values: {error}"
+            ) from None
         return kind
 
     def _give_up(self, reason: object) -> Callable[[Any], Any]:
         """Calls the function eagerly from now on."""
         warnings.warn(
-            f"capture=True: {self._name} is computed eagerly from now on, because it cannot be recorded: {reason}. The "
-            "training loss must do all its work on one CUDA device and never wait for it (.item(), print, boolean masks), and "
-            "batches should have few shapes. Results are right in any case; leave out capture=True to silence this.",
+            f"capture=True: {self._name} is computed eagerly from now on, because it cannot be recorded: "
+            f"{reason}. The training loss must do all its work on one CUDA device and never wait for it "
+            "(.item(), print, boolean masks), and batches should have few shapes. Results are right in any "
+            "case; leave out capture=True to silence this.",
             stacklevel=2,
         )
         self._recorder = None

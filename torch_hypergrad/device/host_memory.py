@@ -19,12 +19,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 @cache
 def keep_freed_memory() -> None:
-    """Has glibc keep memory that was freed, up to a gigabyte, instead of giving it back to the system at once.
+    """Has glibc keep memory that was freed, up to a gigabyte, instead of giving it back to the system at
+    once.
 
-    Each training step frees the graph that the next one needs again, and each hyper step the window that the next one
-    needs. By default glibc gives such memory back, and gets it again page by page, cleared, which can take as long as the
-    arithmetic of a small network. PyTorch keeps memory of CUDA devices in the same way. Elsewhere than on glibc nothing
-    happens.
+    Each training step frees the graph that the next one needs again, and each hyper step the window that the
+    next one needs. By default glibc gives such memory back, and gets it again page by page, cleared, which
+    can take as long as the arithmetic of a small network. PyTorch keeps memory of CUDA devices in the same
+    way. Elsewhere than on glibc nothing happens.
     """
     libc = _c_library()
     if libc is not None and hasattr(libc, "gnu_get_libc_version"):
@@ -33,8 +34,8 @@ def keep_freed_memory() -> None:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape and dtype in CPU memory are equal bit by bit, NaN included, where they can be compared
-    as memory, which is several times faster; elsewhere whether all numbers are equal."""
+    """Whether two tensors of one shape and dtype in CPU memory are equal bit by bit, NaN included, where they
+    can be compared as memory, which is several times faster; elsewhere whether all numbers are equal."""
     libc, addresses = _c_library(), (a.data_ptr(), b.data_ptr())
     if libc is None or not all(addresses) or not (a.is_contiguous() and b.is_contiguous()):
         return torch.equal(a, b)

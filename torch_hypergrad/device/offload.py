@@ -20,7 +20,8 @@ class Copies(Protocol):
         """Host memory to copy ``like`` to."""
 
     def beside(self, pairs: Pairs) -> Any:
-        """Starts copies that come after all computed so far, beside what is computed next. Returns what to wait for."""
+        """Starts copies that come after all computed so far, beside what is computed next. Returns what to
+        wait for."""
 
     def between(self, pairs: Pairs) -> Any:
         """The same as a part of the computation: what is computed next comes after them."""
@@ -36,8 +37,9 @@ class CudaCopies:
         self._device, self._stream = device, torch.cuda.Stream(device)
 
     def to_host(self, like: Tensor) -> Tensor:
-        # Only pinned memory can be copied to without waiting. torch's host allocator keeps what is given back for the next
-        # snapshot of the size, and gives it out again only when the copies that use it have ended.
+        # Only pinned memory can be copied to without waiting. torch's host allocator keeps what is given back
+        # for the next snapshot of the size, and gives it out again only when the copies that use it have
+        # ended.
         return torch.empty_like(like, device="cpu", pin_memory=True)
 
     def beside(self, pairs: Pairs) -> torch.cuda.Event:
@@ -80,7 +82,9 @@ def copies_of(device: torch.device) -> Copies | None:
 class Parked:
     """A tree whose tensors are in host memory; ``rest`` goes with it as it is."""
 
-    def __init__(self, leaves: list[Any], devices: list[torch.device | None], spec: TreeSpec, rest: Any) -> None:
+    def __init__(
+        self, leaves: list[Any], devices: list[torch.device | None], spec: TreeSpec, rest: Any
+    ) -> None:
         self.leaves, self.devices, self.spec, self.rest = leaves, devices, spec, rest
 
 
@@ -91,11 +95,11 @@ Transfer: TypeAlias = tuple[Copies, Any, Pairs]
 class Offload:
     """Moves trees of tensors to host memory and back.
 
-    No tensor is marked with ``record_stream``: memory so marked is given out again only when Python sees that the copy
-    has ended, and Python runs far ahead of the device. Instead, sources are held until the computation has been told to
-    come after their copies, one snapshot later, and what is fetched is allocated by the computation, which has waited
-    for the copy before anybody can give it back. So memory is reused in the order of the computation, and a copy slower
-    than a step slows the steps down instead of piling up.
+    No tensor is marked with ``record_stream``: memory so marked is given out again only when Python sees that
+    the copy has ended, and Python runs far ahead of the device. Instead, sources are held until the
+    computation has been told to come after their copies, one snapshot later, and what is fetched is allocated
+    by the computation, which has waited for the copy before anybody can give it back. So memory is reused in
+    the order of the computation, and a copy slower than a step slows the steps down instead of piling up.
     """
 
     def __init__(self, copies_of: Callable[[torch.device], Copies | None] = copies_of) -> None:
@@ -105,7 +109,9 @@ class Offload:
 
     def moves(self, tree: Any) -> bool:
         """Whether ``tree`` has a tensor that is not in host memory."""
-        return any(isinstance(leaf, Tensor) and self._of(leaf.device) is not None for leaf in tree_flatten(tree)[0])
+        return any(
+            isinstance(leaf, Tensor) and self._of(leaf.device) is not None for leaf in tree_flatten(tree)[0]
+        )
 
     def park(self, tree: Any, rest: Any = None, *, beside: bool = True) -> Parked:
         """Moves ``tree`` to host memory.
@@ -116,7 +122,10 @@ class Offload:
         if beside:
             self.settle()
         leaves, spec = tree_flatten(tree)
-        devices = [leaf.device if isinstance(leaf, Tensor) and self._of(leaf.device) is not None else None for leaf in leaves]
+        devices = [
+            leaf.device if isinstance(leaf, Tensor) and self._of(leaf.device) is not None else None
+            for leaf in leaves
+        ]
         hosts = [leaf if d is None else self._of(d).to_host(leaf) for leaf, d in zip(leaves, devices)]  # type: ignore[union-attr]
         started = self._start(hosts, leaves, devices, beside=beside)
         if beside:
@@ -146,12 +155,18 @@ class Offload:
         self._coming.clear()
 
     def settle(self) -> None:
-        """Lets what is computed from now on come after what is being moved out, whose memory is given back then."""
+        """Lets what is computed from now on come after what is being moved out, whose memory is given back
+        then."""
         _wait(self._leaving)
         self._leaving = []
 
     def _start(
-        self, targets: Sequence[Any], sources: Sequence[Any], devices: Sequence[torch.device | None], *, beside: bool
+        self,
+        targets: Sequence[Any],
+        sources: Sequence[Any],
+        devices: Sequence[torch.device | None],
+        *,
+        beside: bool,
     ) -> list[Transfer]:
         transfers: list[Transfer] = []
         for device in dict.fromkeys(d for d in devices if d is not None):

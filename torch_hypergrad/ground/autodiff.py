@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .errors import NotTwiceDifferentiableError
+from ..errors import NotTwiceDifferentiableError
 
 
 def sqrt(x: Tensor) -> Tensor:
     """Square root whose derivative at 0 is 0 instead of infinite.
 
-    Where a second moment ``v`` is 0, every gradient so far was 0, and the chain rule through ``v`` contributes
-    nothing: ``m / (sqrt(v) + eps)`` has the derivative ``dm / eps`` there (see ``docs/notation.md``).
+    Where a second moment ``v`` is 0, every gradient so far was 0, and the chain rule through ``v``
+    contributes nothing: ``m / (sqrt(v) + eps)`` has the derivative ``dm / eps`` there (see
+    ``docs/notation.md``).
     """
     if not x.requires_grad:
         return x.sqrt()
@@ -28,6 +29,11 @@ def sqrt(x: Tensor) -> Tensor:
 def leaf(tensor: Tensor) -> Tensor:
     """The tensor's values as something to differentiate with respect to."""
     return tensor.detach().requires_grad_()
+
+
+def is_float(value: object) -> bool:
+    """Whether it is something to differentiate: a tensor of a floating-point type."""
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def gradients(
@@ -55,19 +61,39 @@ def gradients(
     return list(found)
 
 
-def linearized(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Callable[[Sequence[Tensor | None]], list[Tensor]]:
+def pulled(
+    outputs: Sequence[Tensor | None],
+    adjoints: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    *,
+    retain_graph: bool | None = None,
+) -> list[Tensor | None]:
+    """Vector-Jacobian products, where outputs and adjoints that are None count nothing."""
+    pairs = [(o, a) for o, a in zip(outputs, adjoints) if o is not None and a is not None]
+    return gradients([o for o, _ in pairs], inputs, [a for _, a in pairs], retain_graph=retain_graph)
+
+
+def add_lists(lists: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """Entry by entry; None, and lists that are empty, count nothing."""
+    first, *others = [tensors for tensors in lists if tensors] or [[]]
+    total = list(first)
+    for tensors in others:
+        total = [b if a is None else a if b is None else a + b for a, b in zip(total, tensors)]
+    return total
+
+
+def linearized(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
     """The Jacobian of ``outputs`` with respect to ``inputs`` as a function from tangents to tangents.
 
-    Built from reverse passes alone: the vector-Jacobian product is linear in its vector, and its own transpose is the
-    Jacobian-vector product. A tangent of None is zero.
+    Built from reverse passes alone: the vector-Jacobian product is linear in its vector, and its own
+    transpose is the Jacobian-vector product. A tangent of None is zero.
     """
     dummies = [torch.zeros_like(output).requires_grad_() for output in outputs]
     with torch.enable_grad():
-        pulled = gradients(outputs, inputs, dummies, create_graph=True)
+        transposed = gradients(outputs, inputs, dummies, create_graph=True)
 
     def push(tangents: Sequence[Tensor | None]) -> list[Tensor]:
-        used = [(p, t) for p, t in zip(pulled, tangents) if p is not None and t is not None]
-        pushed = gradients([p for p, _ in used], dummies, [t for _, t in used], retain_graph=True)
+        pushed = pulled(transposed, tangents, dummies, retain_graph=True)
         return [torch.zeros_like(d) if t is None else t for d, t in zip(dummies, pushed)]
 
     return push
@@ -85,13 +111,14 @@ _ATTENTION_KERNELS = (
 def differentiable_kernels(*, recurrent: bool) -> Iterator[None]:
     """Selects the kernels that can be differentiated twice.
 
-    Fused attention has no second derivative: the math kernel has. cuDNN's recurrent layers have none either:
-    for a model that contains one, cuDNN is off.
+    Fused attention has no second derivative: the math kernel has. cuDNN's recurrent layers have none
+    either: for a model that contains one, cuDNN is off.
     """
     without_cudnn = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
     before = [enabled() for enabled, _ in _ATTENTION_KERNELS]
     try:
-        # torch.nn.attention.sdpa_kernel does the same in a tenth of a millisecond, and every training step waits for it.
+        # torch.nn.attention.sdpa_kernel does the same in a tenth of a millisecond, which every step waits
+        # for.
         for (_, enable), wanted in zip(_ATTENTION_KERNELS, (False, False, False, True)):
             enable(wanted)
         with without_cudnn:
@@ -101,30 +128,68 @@ def differentiable_kernels(*, recurrent: bool) -> Iterator[None]:
             enable(was)
 
 
+def refuse_reentrant_checkpoints(loss: Tensor) -> None:
+    """Looks for what hides parameters from ``torch.autograd.grad``: they would not be trained."""
+    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes([loss])):
+        raise ValueError(
+            "The training loss calls torch.utils.checkpoint with use_reentrant=True, which hides the "
+            "parameters inside from torch.autograd.grad: they would get no gradient. Pass "
+            "use_reentrant=False."
+        )
+
+
+_WRONG_THIRD_DERIVATIVES = {"NativeLayerNorm": "LayerNorm", "NativeBatchNorm": "BatchNorm or InstanceNorm"}
+
+
+def refuse_wrong_third_derivatives(loss: Tensor) -> None:
+    """Looks for gradients in the loss itself (a gradient penalty), whose second derivatives are third
+    derivatives: torch has wrong ones, which fail against differences."""
+    for node in _nodes([loss]):
+        name, _, rest = node.name().partition("BackwardBackward")
+        if rest and name in _WRONG_THIRD_DERIVATIVES and getattr(node, "_saved_train", True):
+            raise NotTwiceDifferentiableError(
+                "The training loss contains a gradient (a penalty on it, for instance) of "
+                f"{_WRONG_THIRD_DERIVATIVES[name]}, whose third derivative is wrong or missing in PyTorch. "
+                "Use second_order='finite_difference', which Unrolled and Implicit take, or write the "
+                "normalization in plain arithmetic."
+            )
+
+
+def refuse_unseen_padding(loss: Tensor, num_seen: int) -> None:
+    """Looks for more embeddings with ``padding_idx`` than the ``num_seen`` that were called through a module:
+    derivatives of their gradient leave out that the padding row is read."""
+    if (
+        sum(node.name().startswith("EmbeddingBackward") and _padded(node) for node in _nodes([loss]))
+        > num_seen
+    ):
+        raise NotTwiceDifferentiableError(
+            "The training loss calls torch.nn.functional.embedding with padding_idx, or nn.Embedding with a "
+            "weight that is computed: derivatives of its gradient leave out that the padding row is read. "
+            "Call it through a plain nn.Embedding, or leave out padding_idx."
+        )
+
+
+def _padded(node: Node) -> bool:
+    padding = getattr(node, "_saved_padding_idx", -1)
+    return 0 <= padding < 2**63  # torch shows -1, which means none, as an unsigned number
+
+
 def refuse_wrong_second_derivatives(grads: Sequence[Tensor]) -> None:
     """Looks for functions without a right second derivative in the graph of gradients.
 
-    autograd would leave those marked ``once_differentiable`` out in silence: the node that raises is not on the way to the
-    parameters. And torch's fused weight norm has a second derivative that fails ``torch.autograd.gradgradcheck``.
+    autograd would leave those marked ``once_differentiable`` out in silence: the node that raises is not on
+    the way to the parameters. And torch's fused weight norm has a second derivative that fails
+    ``torch.autograd.gradgradcheck``.
     """
     for node in _nodes(grads):
         if node.name() == "torch::autograd::Error":
             raise NotTwiceDifferentiableError(_explanation("a function is marked once_differentiable."))
         if node.name().startswith("WeightNormInterfaceBackward"):
             raise NotTwiceDifferentiableError(
-                "The training loss contains torch's weight norm, whose second derivative is wrong in PyTorch. Use "
-                "Unrolled(second_order='finite_difference'), or a parametrization of your own that returns "
-                "g * v / v.norm(dim=1, keepdim=True)."
+                "The training loss contains torch's weight norm, whose second derivative is wrong in "
+                "PyTorch. Use Unrolled(second_order='finite_difference'), or a parametrization of your own "
+                "that returns g * v / v.norm(dim=1, keepdim=True)."
             )
-
-
-def refuse_reentrant_checkpoints(loss: Tensor) -> None:
-    """Looks for what hides parameters from ``torch.autograd.grad``: they would not be trained."""
-    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes([loss])):
-        raise ValueError(
-            "The training loss calls torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside from "
-            "torch.autograd.grad: they would get no gradient. Pass use_reentrant=False."
-        )
 
 
 def _nodes(tensors: Sequence[Tensor]) -> Iterator[Node]:
@@ -176,7 +241,8 @@ def explain_missing_forward_derivative() -> Iterator[None]:
 
 def _explanation(reason: str) -> str:
     return (
-        f"A part of the training loss cannot be differentiated twice: {reason} Hypergradients need the derivative of the "
-        "gradient. Compiled modules and custom functions often have none: pass the module before torch.compile, write the "
-        "custom backward in differentiable operations, or take Unrolled(second_order='finite_difference')."
+        f"A part of the training loss cannot be differentiated twice: {reason} Hypergradients need the "
+        "derivative of the gradient. Compiled modules and custom functions often have none: pass the module "
+        "before torch.compile, write the custom backward in differentiable operations, or take "
+        "Unrolled(second_order='finite_difference')."
     )

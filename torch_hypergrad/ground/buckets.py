@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,21 +36,12 @@ class Bucket:
         """Shape of what the rule runs on."""
         return torch.Size([self.layout.numel]) if self.flat else self.layout.shapes[0]
 
-    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        """What the rule runs on, copied out of a list with one tensor for each parameter of the optimizer."""
-        own = [tensors[i] for i in self.indices]
+    def gather(self, tensors: Sequence[Tensor | None] | Mapping[int, Tensor]) -> Tensor:
+        """What the rule runs on, copied out of tensors for each parameter of the optimizer, none of its own
+        None."""
+        own: list[Tensor] = [tensors[i] for i in self.indices]  # type: ignore[misc]
         return self.layout.flatten(own) if self.flat else own[0].clone()
 
     def scatter(self, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The transpose of :meth:`gather`: each parameter's index and its view of ``tensor``."""
         return zip(self.indices, self.layout.split(tensor.reshape(-1)))
-
-
-def as_list(buckets: Sequence[Bucket], tensors: Sequence[Tensor | None], length: int) -> list[Tensor | None]:
-    """Tensors, one for each bucket, as a list with one for each parameter."""
-    pieces: list[Tensor | None] = [None] * length
-    for bucket, tensor in zip(buckets, tensors):
-        if tensor is not None:
-            for i, piece in bucket.scatter(tensor):
-                pieces[i] = piece
-    return pieces

@@ -59,8 +59,8 @@ def laid_out_as(piece: Tensor, param: Tensor) -> Tensor:
 
 
 def aligned(piece: Tensor) -> Tensor:
-    """``piece`` at an address that a GPU's kernels may have been compiled for: that of a tensor of its own, not of a part
-    of a vector."""
+    """``piece`` at an address that a GPU's kernels may have been compiled for: that of a tensor of its own,
+    not of a part of a vector."""
     return piece if piece.device.type == "cpu" or piece.data_ptr() % 16 == 0 else piece.clone()
 
 
@@ -71,8 +71,15 @@ def has_views(tensor: Tensor) -> bool:
 
 
 def norm(tensors: Sequence[Tensor | None]) -> Tensor:
-    """Euclidean norm over all tensors, at least in float32, on the device of the first: nothing waits for it."""
-    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors if t is not None]
+    """Euclidean norm over all tensors, at least in float32, on the device of the first: nothing waits for
+    it."""
+    norms = [
+        torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32))
+        for t in tensors
+        if t is not None
+    ]
     if len(norms) == 1:
         return norms[0]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms])) if norms else torch.zeros(())
+    return (
+        torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms])) if norms else torch.zeros(())
+    )

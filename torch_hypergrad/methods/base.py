@@ -1,40 +1,33 @@
-"""What a method is: options that a user chooses, and a recording of the training that they apply to."""
+"""What a method is: options that a user chooses, and a window of the training that they apply to."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from ..hyperparameter_set import HyperparameterSet
-from ..readings import Reading
-from ..records import State, Step
-from ..training import Training
+from ..step.problem import Problem
+from ..step.state import State, Step
+from ..step.validation import Validation
+from ..tune.hypergradient import Hypergradient
+from ..tune.hyperparameter_set import HyperparameterSet
 from ..updates import UpdateRule
 
 
-@dataclass(frozen=True)
-class Validation:
-    """The validation loss at the current weights.
+class Validate(Protocol):
+    """The user's validation batches, as a method may ask for them."""
 
-    Args:
-        loss: a scalar without graph.
-        grads: its gradient for each parameter of the optimizer; None where it does not depend on one.
-        direct: its own gradient for each tuned tensor of the training loss.
-    """
-
-    loss: Tensor
-    grads: Sequence[Tensor | None]
-    direct: Sequence[Tensor | None]
+    def __call__(self, state: State | None = None) -> Validation:
+        """The validation loss and its gradients at a state; None for the current one."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a method reports about a hypergradient; None stands for what it does not have, and a reading for a number
-    that is still on its way from the device.
+    """What a method reports about a hypergradient, in numbers that may still be on their way from the device;
+    None stands for what it does not have.
 
     Args:
         num_matvecs: products with the Jacobian of the stationarity, those of power iterations included.
@@ -44,31 +37,33 @@ class Statistics:
     """
 
     num_matvecs: int | None = None
-    residual: float | Reading[Any] | None = None
-    product_error: float | Reading[Any] | None = None
-    adjoint_growth: float | Reading[Any] | None = None
+    residual: float | Tensor | None = None
+    product_error: float | Tensor | None = None
+    adjoint_growth: float | Tensor | None = None
 
 
-class Recording(ABC):
+class Window(ABC):
     """What a method keeps of the training since the last hyper step."""
 
     reads_states = True
-    """Whether :meth:`take` is given the state before the step; if not, the wrapped optimizer takes the step itself."""
+    """Whether :meth:`take` is given the state before the step; if not, the wrapped optimizer takes the step
+    itself."""
 
     checks_parameters = True
     """Whether nobody else may write to the parameters while steps are recorded."""
 
     @abstractmethod
     def take(self, step: Step, state: State | None) -> tuple[Step, State | None]:
-        """Takes one training step from ``state``, the current one, and notes it: the step with what came out of it, and
-        the state after it, to be written to the model. Both states are None where the optimizer takes the step."""
+        """Takes one training step from ``state``, the current one, and notes it: the step with what came out
+        of it, and the state after it, to be written to the model. Both states are None where the optimizer
+        takes the step."""
 
     @abstractmethod
     def steps(self) -> Iterable[Step]:
         """The recorded steps that the hypergradient depends on."""
 
     @abstractmethod
-    def hypergradient(self, validation: Validation) -> tuple[list[Tensor], Statistics]:
+    def hypergradient(self, validate: Validate) -> tuple[Hypergradient, Statistics]:
         """The derivative of the validation loss with respect to the values of each hyperparameter."""
 
     @abstractmethod
@@ -88,7 +83,8 @@ class Method(ABC):
     """A way to compute hypergradients. Instances are immutable options and may be shared."""
 
     replays: ClassVar[bool] = True
-    """Whether recorded steps are differentiated as they were taken, for which training must use the same kernels."""
+    """Whether recorded steps are differentiated as they were taken, for which training must use the same
+    kernels."""
 
     @property
     def keeps_graphs(self) -> bool:
@@ -105,12 +101,5 @@ class Method(ABC):
         """Refuses what the method cannot do, with a ``ValueError``, when the HyperOptimizer is made."""
 
     @abstractmethod
-    def start(self, training: Training) -> Recording:
-        """An empty recording."""
-
-
-def add_direct(hyperparameters: HyperparameterSet, gradients: Sequence[Tensor], validation: Validation) -> list[Tensor]:
-    """``gradients`` plus the validation loss's own dependence on the tuned tensors."""
-    first = len(hyperparameters.settings)
-    direct = [None] * first + list(validation.direct)
-    return [g if d is None else g + d for g, d in zip(gradients, direct)]
+    def start(self, problem: Problem) -> Window:
+        """An empty window."""

@@ -3,61 +3,86 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
-from ..capture import Captured
-from ..curvature import BatchGraph, GradientGraph, Pull, captured_outputs
-from ..hyperparameter_set import HyperparameterSet
-from ..readings import in_turn, now_or_later
-from ..records import State, Step
-from ..second_order import MeanGradient, SecondOrder, check_second_order, way_of
+from ..device.capture import Captured
+from ..ground.autodiff import add_lists
+from ..history.packing import pack_step, unpack_step
 from ..solvers import SolveInfo, Solver
 from ..solvers.base import Matvec, check_positive_int
-from ..stationarity import Derivatives, Space, Stationarity, product
-from ..training import Training
-from ..trajectory import pack_step, unpack_step
+from ..step.gauss_newton import GaussNewton
+from ..step.mean_gradient import MeanGradient
+from ..step.problem import Problem
+from ..step.reverse import Reverse
+from ..step.second_order import SecondOrder, Way, check_second_order, ways
+from ..step.state import PerParameter, State, Step
+from ..step.stationarity import Derivatives, OptimumCondition, Space, product
+from ..step.transition import optimizer_can_step, take_with_optimizer
+from ..step.validation import Validation
+from ..tune.hypergradient import Hypergradient
+from ..tune.hyperparameter_set import HyperparameterSet
 from ..updates import UpdateRule
-from .base import Method, Recording, Statistics, Validation, add_direct
+from .base import Method, Statistics, Validate, Window
 
-Answer: TypeAlias = tuple[Tensor, list[Tensor | None], tuple[Any, ...]]
-"""q, its mixed product for each tuned tensor of the training loss, and the statistics."""
+
+class Answer(NamedTuple):
+    """All that takes products with the gradient's derivative.
+
+    Args:
+        q: the solution of the linear system.
+        mixed: its mixed product for each tuned tensor of the training loss.
+        numbers: what the solver asks to be judged.
+        doubts: for each batch, what its products are to be judged by.
+    """
+
+    q: Tensor
+    mixed: list[Tensor | None]
+    num_matvecs: int
+    residual: float | Tensor | None
+    numbers: dict[str, Tensor]
+    product_error: Tensor | None
+    doubts: list[Tensor]
 
 
 @dataclass(frozen=True)
 class Implicit(Method):
-    r"""Takes the current weights for the training optimum :math:`F(\theta, \lambda) = 0` and differentiates that.
+    r"""Takes the current weights for the training optimum :math:`F(\theta, \lambda) = 0` and differentiates
+    that.
 
     .. math:: \frac{dL_{val}}{d\lambda} = \partial_\lambda L_{val} - (\partial_\lambda F)^\top q,
               \qquad (\partial_\theta F)^\top q = \nabla_\theta L_{val}
 
-    F is the optimizer's stationarity: the gradient plus weight decay, which for decoupled decay (AdamW) is scaled by the
-    frozen preconditioner. ``grad_transform`` does not move the optimum and is left out. There is no trajectory: weights
-    may be changed or loaded between steps.
+    F is the optimizer's stationarity: the gradient plus weight decay, which for decoupled decay (AdamW) is
+    scaled by the frozen preconditioner. ``grad_transform`` does not move the optimum and is left out. There
+    is no trajectory: weights may be changed or loaded between steps.
 
     Args:
-        solver: how to solve for q: :class:`CG`, :class:`Nystrom`, :class:`Neumann`, :class:`Cholesky` or :class:`Identity`.
+        solver: how to solve for q: :class:`CG`, :class:`Nystrom`, :class:`Neumann`, :class:`Cholesky` or
+            :class:`Identity`.
         num_batches: F is the mean over the last so many training batches.
-        curvature: what stands for :math:`\partial_\theta g` in the system: the ``"hessian"``, which is exact, or
-            ``"gauss_newton"``, :math:`J^\top H_{loss} J`, which is positive semi-definite and takes the model for linear.
-            It needs a training loss that depends on the parameters through the model's outputs alone, and is convex in
-            them. Mixed products are exact with both.
+        curvature: what stands for :math:`\partial_\theta g` in the system: the ``"hessian"``, which is exact,
+            or ``"gauss_newton"``, :math:`J^\top H_{loss} J`, which is positive semi-definite and takes the
+            model for linear. It needs a training loss that depends on the parameters through the model's
+            outputs alone, and is convex in them. Mixed products are exact with both.
         preconditioner: ``"second_moments"`` gives the solver the system in the optimizer's own units,
-            :math:`D^{-1/2} A D^{-1/2} y = D^{-1/2} b` and :math:`q = D^{-1/2} y`, with :math:`D = \sqrt{\hat v} + \epsilon`
-            of Adam and its family. The solver's damping is then added in these units, :math:`A + damping\, D`; the
-            residual is that of the system :math:`(A + damping\, D)\, q = b` itself, at the price of one more product.
+            :math:`D^{-1/2} A D^{-1/2} y = D^{-1/2} b` and :math:`q = D^{-1/2} y`, with :math:`D = \sqrt{\hat
+            v} + \epsilon` of Adam and its family. The solver's damping is then added in these units, :math:`A
+            + damping\, D`; the residual is that of the system :math:`(A + damping\, D)\, q = b` itself, at
+            the price of one more product.
         second_order: how the products with second derivatives are computed; see :class:`Unrolled`.
 
-    Only what moves the optimum can be tuned: weight decay and the like, and tensors in the training loss. ``lr``,
-    ``betas`` or ``momentum`` are refused.
+    Only what moves the optimum can be tuned: weight decay and the like, and tensors in the training loss.
+    ``lr``, ``betas`` or ``momentum`` are refused.
 
     Raises:
-        TypeError, ValueError: for a solver that is none, ``num_batches`` below 1, another curvature, preconditioner or
-            second_order; and for an optimizer without second moments, when the HyperOptimizer is made.
+        TypeError, ValueError: for a solver that is none, ``num_batches`` below 1, another curvature,
+            preconditioner or second_order; and for an optimizer without second moments, when the
+            HyperOptimizer is made.
 
     Source: Bengio 2000; Pedregosa 2016; Lorraine, Vicol and Duvenaud 2020.
     """
@@ -75,71 +100,84 @@ class Implicit(Method):
             raise TypeError(f"Implicit: solver must be a Solver such as Neumann(20), got {self.solver!r}.")
         check_positive_int(self.num_batches, "Implicit: num_batches")
         if self.curvature not in ("hessian", "gauss_newton"):
-            raise ValueError(f"Implicit: curvature must be 'hessian' or 'gauss_newton', got {self.curvature!r}.")
+            raise ValueError(
+                f"Implicit: curvature must be 'hessian' or 'gauss_newton', got {self.curvature!r}."
+            )
         check_second_order(self.second_order, "Implicit")
         if self.curvature == "gauss_newton" and self.second_order != "reverse":
             raise ValueError(
-                "Implicit: curvature='gauss_newton' is computed through the graph of the model's outputs, so it goes with "
-                f"second_order='reverse', got {self.second_order!r}."
+                "Implicit: curvature='gauss_newton' is computed through the graph of the model's outputs, "
+                f"so it goes with second_order='reverse', got {self.second_order!r}."
             )
         if self.preconditioner not in (None, "second_moments"):
-            raise ValueError(f"Implicit: preconditioner must be 'second_moments' or None, got {self.preconditioner!r}.")
+            raise ValueError(
+                f"Implicit: preconditioner must be 'second_moments' or None, got {self.preconditioner!r}."
+            )
 
     @property
     def needs_second_derivatives(self) -> bool:
         return self.second_order != "finite_difference"
 
     def check(self, hyperparameters: HyperparameterSet, rule: UpdateRule, optimizer_name: str) -> None:
-        """Refuses settings that do not move the optimum, and a preconditioner that the optimizer does not have."""
+        """Refuses settings that do not move the optimum, and a preconditioner that the optimizer does not
+        have."""
         if rule.stationarity is None:
             raise ValueError(
-                f"{optimizer_name} has no stationarity, the equation that holds at its training optimum, so the implicit "
-                "method cannot differentiate it. Use method=Unrolled(), or register its rule with a stationarity."
+                f"{optimizer_name} has no stationarity, the equation that holds at its training optimum, so "
+                "the implicit method cannot differentiate it. Use method=Unrolled(), or register its rule "
+                "with a stationarity."
             )
         if self.preconditioner is not None and rule.preconditioner is None:
             raise ValueError(
-                f"{optimizer_name} keeps no second moments, so Implicit(preconditioner='second_moments') has nothing to scale "
-                "the system by. Pass preconditioner=None, or train with Adam, AdamW, RMSprop, Adagrad or the like."
+                f"{optimizer_name} keeps no second moments, so Implicit(preconditioner='second_moments') has "
+                "nothing to scale the system by. Pass preconditioner=None, or train with Adam, AdamW, "
+                "RMSprop, Adagrad or the like."
             )
         for setting in hyperparameters.settings:
             name = setting.spec.name
             if name not in rule.moves_optimum:
                 able = ", ".join(rule.moves_optimum) or "none"
                 raise ValueError(
-                    f"{name!r} cannot be tuned with Implicit: it changes the way to the training optimum, not the optimum, "
-                    "so its implicit hypergradient is zero although training depends on it. Use method=Unrolled(). Settings "
-                    f"of {optimizer_name} that move the optimum: {able}."
+                    f"{name!r} cannot be tuned with Implicit: it changes the way to the training optimum, "
+                    "not the optimum, so its implicit hypergradient is zero although training depends on "
+                    f"it. Use method=Unrolled(). Settings of {optimizer_name} that move the optimum: {able}."
                 )
-            if setting.spec.per == "step":
+            if setting.granularity.is_per_step:
                 raise ValueError(
-                    f"Hyperparameter({name!r}, per='step') cannot be tuned with Implicit: an optimum has no training steps. "
-                    "Use method=Unrolled(), or per='group'."
+                    f"Hyperparameter({name!r}, per='step') cannot be tuned with Implicit: an optimum has no "
+                    "training steps. Use method=Unrolled(), or per='group'."
                 )
 
-    def start(self, training: Training) -> Recording:
+    def start(self, problem: Problem) -> Window:
         """No batches yet."""
-        return ImplicitRecording(training, self)
+        return ImplicitWindow(problem, self)
 
 
-class ImplicitRecording(Recording):
+class ImplicitWindow(Window):
     """The last training batches."""
 
     checks_parameters = False
 
-    def __init__(self, training: Training, method: Implicit) -> None:
-        self._training, self._method = training, method
+    def __init__(self, problem: Problem, method: Implicit) -> None:
+        self._problem, self._method = problem, method
+        # The transformation of gradients does not move the optimum.
+        self._gradient = problem.transition.gradient.untransformed()
         self._steps: deque[Step] = deque(maxlen=method.num_batches)
-        self.reads_states = not training.optimizer_can_step
-        self._way = way_of(training, method.second_order)
+        self.reads_states = not optimizer_can_step(problem.hyperparameters)
+        self._ways = ways(self._gradient, method.second_order)
         self._replayed: Captured | None = None
-        if method.second_order == "reverse" and training.rule.elementwise and not method.solver.waits:
-            self._replayed = training.captured(self._answer_of_batch, "the solve of the implicit method")
+        elementwise = problem.transition.update.rule.elementwise
+        if method.second_order == "reverse" and elementwise and not method.solver.waits:
+            self._replayed = self._gradient.captured(
+                self._answer_of_batch, "the solve of the implicit method"
+            )
 
     def take(self, step: Step, state: State | None) -> tuple[Step, State | None]:
+        transition, after = self._problem.transition, None
         if state is None:
-            step, after = self._training.take_with_optimizer(step), None
+            step = take_with_optimizer(transition, step)
         else:
-            step, after, _ = self._training.take(step, state)
+            step, after, _ = transition.take(step, state)
         self._steps.append(step)
         return step, after
 
@@ -156,78 +194,86 @@ class ImplicitRecording(Recording):
         self._steps.clear()
         self._steps.extend(unpack_step(step) for step in saved["steps"])
 
-    def hypergradient(self, validation: Validation) -> tuple[list[Tensor], Statistics]:
-        training, hyperparameters = self._training, self._training.hyperparameters
-        state = training.capture()
-        if self._replayed is not None and len(self._steps) == 1:
-            grads, answer = self._gradient(), partial(self._replay, self._replayed, state)
-        else:
-            graph = self._graph(state)
-            grads, answer = graph.mean(), partial(self._answer, graph)
-        stationarity = Stationarity(training, self._steps[-1], state, grads)
-        b = stationarity.space.joined(validation.grads)
-        diagonal = None if self._method.preconditioner is None else stationarity.preconditioner()
-        q, mixed, found = answer(stationarity.space, stationarity.derivatives(), b, diagonal)
-        totals = hyperparameters.zero_adjoints()
-        stationarity.pull_tuned(q, totals)
-        for total, part in zip(totals[len(hyperparameters.settings) :], mixed):
-            if part is not None:
-                total += part
-        gradients = [-g for g in hyperparameters.reduce(totals)]
-        return add_direct(hyperparameters, gradients, validation), Statistics(*found)
+    def hypergradient(self, validate: Validate) -> tuple[Hypergradient, Statistics]:
+        problem, total = self._problem, Hypergradient(self._problem.hyperparameters)
+        # At the current weights, whatever they were when the batches were recorded: no loss is what it was.
+        steps = [replace(step, loss=None) for step in self._steps]
+        state = problem.live.state()
+        with problem.live.standing(state):
+            validation = self._through_buffers(validate(), steps, state)
+            problem.objective.add_direct(validation, total)
+            if self._replayed is not None and len(steps) == 1:
+                grads, answer = (
+                    self._gradient_alone(steps[0], state),
+                    partial(self._replay, self._replayed, steps[0], state),
+                )
+            else:
+                mean = self._mean(steps, state)
+                grads, answer = mean.value(), partial(self._answer, mean)
+            condition = OptimumCondition(problem.transition.update, steps[-1], state, grads)
+            b = condition.space.joined(validation.grads)
+            diagonal = None if self._method.preconditioner is None else condition.preconditioner()
+            found = answer(condition.space, condition.derivatives(), b, diagonal)
+        for doubts in found.doubts:
+            problem.readings.ask([doubts], GaussNewton.judge)
+        names = list(found.numbers)
+        if names:
+            numbers = [found.numbers[name] for name in names]
+            problem.readings.ask(numbers, lambda read: self._method.solver.check(dict(zip(names, read))))
+        condition.pull_tuned(-found.q, total)
+        total.add_tensors([None if part is None else -part for part in found.mixed])
+        return total, Statistics(found.num_matvecs, found.residual, found.product_error)
 
-    def _gradient(self) -> list[Tensor | None]:
-        """The gradient at the current weights on the last batch."""
-        self._training.return_to(self._steps[-1])
-        return self._training.plain_gradients(self._steps[-1].batch)[1]
+    def _mean(self, steps: Sequence[Step], state: State) -> MeanGradient:
+        """The mean gradient on the recorded batches, each with buffers of its own, which its graph may
+        hold."""
+        trace: Way = GaussNewton if self._method.curvature == "gauss_newton" else self._ways()
+        traced = []
+        for step in steps:
+            with self._problem.live.model.copied_buffers():
+                traced.append(trace(self._gradient, step, state))
+        return MeanGradient(traced)
 
-    def _graph(self, state: State) -> GradientGraph | MeanGradient:
-        """The mean gradient at the current weights on the recorded batches, and products with its derivative."""
-        training, method = self._training, self._method
-        if method.second_order != "reverse" or (training.captures and method.curvature == "hessian"):
-            return MeanGradient(training, self._steps, state, self._way())
-        batches = []
-        for step in self._steps:
-            training.return_to(step)
-            batches.append(self._batch_graph(step.batch))
-        return GradientGraph(batches, training.params, training.hyperparameters.loss_tensors)
+    def _through_buffers(self, validation: Validation, steps: Sequence[Step], state: State) -> Validation:
+        """The total derivative of the validation loss: its buffers follow the weights and the tuned tensors,
+        as the mean of what each batch would leave for good."""
+        if validation.buffers is None:
+            return validation
+        share = tuple(None if b is None else b / len(steps) for b in validation.buffers)
+        grads, direct = [validation.grads], [validation.direct]
+        for step in steps:
+            with self._problem.live.at(state):
+                by_param, by_tensor, _ = self._gradient.pull_buffers(step, share, at_rest=True)
+            grads.append(by_param)
+            direct.append(by_tensor)
+        return replace(validation, grads=add_lists(grads), direct=add_lists(direct))
 
-    def _batch_graph(self, batch: Any) -> BatchGraph:
-        with captured_outputs(self._training.model if self._method.curvature == "gauss_newton" else None) as outputs:
-            loss, grads, _ = self._training.gradients(batch, create_graph=True)
-        return BatchGraph(loss, grads, outputs)
+    def _gradient_alone(self, step: Step, state: State) -> PerParameter:
+        with self._problem.live.at(state):
+            self._gradient.return_to(step)
+            return self._gradient.plain(step).grads
 
-    def _replay(self, replayed: Captured, state: State, *inputs: Any) -> Answer:
+    def _replay(self, replayed: Captured, step: Step, state: State, *inputs: Any) -> Answer:
         """:meth:`_answer` as one recorded function of the last batch and ``inputs``."""
-        assert state.buffers is not None
-        self._training.model_state.set_buffers(state.buffers)
-        self._training.return_to(self._steps[-1])
-        return replayed((self._steps[-1].batch, *inputs))
+        with self._problem.live.at(state):
+            self._gradient.return_to(step)
+            return Answer(*replayed((step.batch, *inputs)))
 
     def _answer_of_batch(self, inputs: Any) -> Answer:
         batch, *others = inputs
-        training = self._training
-        graph = GradientGraph([self._batch_graph(batch)], training.params, training.hyperparameters.loss_tensors)
-        return self._answer(graph, *others)
+        kind = GaussNewton if self._method.curvature == "gauss_newton" else Reverse
+        return self._answer(MeanGradient([kind(self._gradient, None, None, batch=batch)]), *others)
 
     def _answer(
-        self,
-        graph: GradientGraph | MeanGradient,
-        space: Space,
-        derivatives: Derivatives,
-        b: Tensor,
-        diagonal: Tensor | None,
+        self, mean: MeanGradient, space: Space, derivatives: Derivatives, b: Tensor, diagonal: Tensor | None
     ) -> Answer:
-        """All that takes products with the gradient's derivative. Numbers of the update rule are in ``derivatives`` and
-        ``diagonal``, as tensors, so that none is kept by a recording."""
-        pull: Pull = graph.hessian_product
-        check = None
-        if isinstance(graph, GradientGraph) and self._method.curvature == "gauss_newton":
-            pull, check = graph.gauss_newton()
-        q, info = self._solve(lambda v: product(space, derivatives, v, pull), b, diagonal)
-        mixed = graph.mixed_product(space.per_parameter(derivatives(q)[1]))
-        product_error = None if graph.error is None else now_or_later([graph.error], lambda numbers: numbers[0])
-        return q, mixed, (info.num_matvecs, in_turn(check, info.residual), product_error)
+        """Numbers of the update rule are in ``derivatives`` and ``diagonal``, as tensors, so that none is
+        kept by a recording."""
+        q, info = self._solve(lambda v: product(space, derivatives, v, mean.product), b, diagonal)
+        mixed = mean.mixed(space.per_parameter(derivatives(q)[1]))
+        return Answer(
+            q, mixed, info.num_matvecs, info.residual, dict(info.numbers), mean.error, mean.doubts()
+        )
 
     def _solve(self, matvec: Matvec, b: Tensor, diagonal: Tensor | None) -> tuple[Tensor, SolveInfo]:
         solver = self._method.solver
@@ -238,6 +284,7 @@ class ImplicitRecording(Recording):
         q = y.mul_(scale)
         if info.residual is None:
             return q, info
-        norms = [(b - matvec(q)).sub_(diagonal * q, alpha=info.damping).norm(), b.norm()]
-        relative = now_or_later(norms, lambda found: found[0] / found[1] if found[1] > 0 else 0.0)
-        return q, replace(info, num_matvecs=info.num_matvecs + 1, residual=in_turn(info.residual, relative))
+        norm = b.norm()
+        rest = (b - matvec(q)).sub_(diagonal * q, alpha=info.damping).norm()
+        residual = rest / norm.masked_fill(norm == 0, 1)
+        return q, replace(info, num_matvecs=info.num_matvecs + 1, residual=residual)

@@ -8,15 +8,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .errors import NonFiniteError
-from .hyperparameter_set import HyperparameterSet
-from .readings import Reading, Readings
-from .records import Step
-from .tuned import TunedSetting, TunedTensor
+from ..device.readings import Reading, Readings
+from ..errors import NonFiniteError
+from ..methods import Statistics
+from ..step.problem import Problem
+from ..step.state import State, Step
+from ..step.validation import Batches, Validation
+from ..tune.hyperparameter_set import HyperparameterSet
+from ..tune.tuned import TunedSetting, TunedTensor
+from .trust import warnings_of
+from .watch import Watch
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,13 @@ class HyperReport:
         hypergradient_norm: Euclidean norm of the hypergradient with respect to the values.
         num_matvecs: products that the solver of an implicit method took; None for other methods.
         residual: its relative residual, damping included; None for other methods and for :class:`Identity`.
-        product_error: estimated relative error of products with second derivatives; None where these are exact.
-        adjoint_growth: how much the adjoint of the parameters grew over the sweep, at most; None for other methods than
-            :class:`Unrolled`.
+        product_error: estimated relative error of products with second derivatives; None where these are
+            exact.
+        adjoint_growth: how much the adjoint of the parameters grew over the sweep, at most; None for other
+            methods than :class:`Unrolled`.
         clipped: for each setting that was projected onto a bound, how many of its values were.
-        warnings: why the hypergradient should not be trusted, in sentences; empty if nothing speaks against it.
+        warnings: why the hypergradient should not be trusted, in sentences; empty if nothing speaks against
+            it.
     """
 
     val_loss: float
@@ -46,12 +54,11 @@ class HyperReport:
 
 
 @contextmanager
-def put_back_on_error(hyperparameters: HyperparameterSet, hyper_optimizer: Optimizer) -> Iterator[None]:
-    """Puts the values and the state of the hyper optimizer back if the block fails."""
-    leaves, before = (
-        [tuned.leaf.detach().clone() for tuned in hyperparameters.all],
-        copy.deepcopy(hyper_optimizer.state_dict()),
-    )
+def put_back_on_error(problem: Problem, hyper_optimizer: Optimizer, watch: Watch) -> Iterator[None]:
+    """Puts values, the state of the hyper optimizer and random number generators back if the block fails."""
+    hyperparameters, surroundings = problem.hyperparameters, problem.live.model.surroundings()
+    leaves = [tuned.leaf.detach().clone() for tuned in hyperparameters.all]
+    before = copy.deepcopy(hyper_optimizer.state_dict())
     try:
         yield
     except BaseException:
@@ -59,13 +66,19 @@ def put_back_on_error(hyperparameters: HyperparameterSet, hyper_optimizer: Optim
         for tuned, leaf in zip(hyperparameters.all, leaves):
             tuned.set_leaf(leaf)
         hyper_optimizer.load_state_dict(before)
+        problem.live.model.set_surroundings(surroundings)
+        watch.hyperparameters_restored()
         raise
 
 
 def move_values(
-    hyperparameters: HyperparameterSet, hyper_optimizer: Optimizer, gradients: Sequence[Tensor], asked: Readings
+    hyperparameters: HyperparameterSet,
+    hyper_optimizer: Optimizer,
+    gradients: Sequence[Tensor],
+    asked: Readings,
 ) -> dict[str, Reading[float]]:
-    """One step of the hyper optimizer and the projection: for each hyperparameter, how many values were clipped.
+    """One step of the hyper optimizer and the projection: for each hyperparameter, how many values were
+    clipped.
 
     Raises:
         NonFiniteError: once the readings are read, if a value is not finite.
@@ -74,7 +87,9 @@ def move_values(
         tuned.set_leaf_gradient(gradient)
     hyper_optimizer.step()
     hyper_optimizer.zero_grad()
-    clipped = {tuned.label: asked.ask([tuned.project()], lambda counts: counts[0]) for tuned in hyperparameters.all}
+    clipped = {
+        tuned.label: asked.ask([tuned.project()], lambda counts: counts[0]) for tuned in hyperparameters.all
+    }
     for tuned in hyperparameters.all:
         asked.ask([tuned.values().isfinite().all()], partial(_check_moved, tuned))
     return clipped
@@ -85,8 +100,9 @@ def check_losses(steps: Sequence[Step], losses: Sequence[float]) -> None:
     for step, loss in zip(steps, losses):
         if not math.isfinite(loss):
             raise NonFiniteError(
-                f"The training loss was {loss} at training step {step.number + 1}, so the steps after it have no "
-                "derivative. Lower the learning rate, clip gradients with grad_transform, or restart(). Nothing was changed."
+                f"The training loss was {loss} at training step {step.number + 1}, so the steps after it "
+                "have no derivative. Lower the learning rate, clip gradients with grad_transform, or "
+                "restart(). Nothing was changed."
             )
 
 
@@ -94,21 +110,24 @@ def finite_validation_loss(losses: Sequence[float]) -> float:
     """The validation loss."""
     if not math.isfinite(losses[0]):
         raise NonFiniteError(
-            f"The validation loss is {losses[0]} at the current weights, so it has no hypergradient. Weights that have "
-            "diverged need a lower learning rate; check the validation batch too. Nothing was changed."
+            f"The validation loss is {losses[0]} at the current weights, so it has no hypergradient. Weights "
+            "that have diverged need a lower learning rate; check the validation batch too. Nothing was "
+            "changed."
         )
     return losses[0]
 
 
-def finite_norm(hyperparameters: HyperparameterSet, gradients: Sequence[Tensor], squares: Sequence[float]) -> float:
+def finite_norm(
+    hyperparameters: HyperparameterSet, gradients: Sequence[Tensor], squares: Sequence[float]
+) -> float:
     """The norm of the hypergradient, from those of its parts."""
     norm = math.sqrt(sum(squares))
     if not math.isfinite(norm):
         bad = [n for n, g in hyperparameters.named(gradients).items() if not g.isfinite().all()]
         raise NonFiniteError(
-            f"The hypergradient of {', '.join(bad[:3])} is not finite, though every loss was. Adjoints that grow over the "
-            "window overflow: shorten it with Unrolled(truncation=...), lower the learning rate, or raise the "
-            "optimizer's eps. Nothing was changed."
+            f"The hypergradient of {', '.join(bad[:3])} is not finite, though every loss was. Adjoints that "
+            "grow over the window overflow: shorten it with Unrolled(truncation=...), lower the learning "
+            "rate, or raise the optimizer's eps. Nothing was changed."
         )
     return norm
 
@@ -117,6 +136,48 @@ def _check_moved(tuned: TunedSetting | TunedTensor, finite: Sequence[float]) -> 
     if not finite[0]:
         values = tuned.values()
         raise NonFiniteError(
-            f"The hyper step moved {tuned.label!r} to {values[~values.isfinite()][0].item()}. Lower the learning rate "
-            "of the hyper_optimizer, or bound the value with low= and high=. Nothing was changed."
+            f"The hyper step moved {tuned.label!r} to {values[~values.isfinite()][0].item()}. Lower the "
+            "learning rate of the hyper_optimizer, or bound the value with low= and high=. Nothing was "
+            "changed."
         )
+
+
+def asked_statistics(statistics: Statistics, readings: Readings) -> dict[str, Any]:
+    """A method's statistics by name, with readings in the place of tensors."""
+    return {
+        name: readings.ask([value], lambda numbers: numbers[0]) if isinstance(value, Tensor) else value
+        for name, value in vars(statistics).items()
+    }
+
+
+def report_of(
+    val_loss: float,
+    norm: float,
+    asked: dict[str, Any],
+    clipped: dict[str, Reading[float]],
+    params: Sequence[Tensor],
+) -> HyperReport:
+    """The report of a hyper step, now that everything has been read."""
+    found = Statistics(**{name: n.value if isinstance(n, Reading) else n for name, n in asked.items()})
+    counts = {label: int(count.value) for label, count in clipped.items() if count.value}
+    return HyperReport(val_loss, norm, **vars(found), clipped=counts, warnings=warnings_of(found, params))
+
+
+class AskedValidation:
+    """The validation loss, as a method asks for it: the loss at the current state must be finite, and is
+    reported."""
+
+    def __init__(self, problem: Problem, batches: Batches) -> None:
+        self._problem, self._batches = problem, batches
+        self._loss: Reading[float] | None = None
+
+    def __call__(self, state: State | None = None) -> Validation:
+        validation = self._problem.objective.at(self._batches, state)
+        if state is None:
+            self._loss = self._problem.readings.ask([validation.loss], finite_validation_loss)
+        return validation
+
+    def value(self) -> float:
+        """The loss at the current state, now that it has been read."""
+        assert self._loss is not None
+        return self._loss.value

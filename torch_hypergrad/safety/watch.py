@@ -7,22 +7,23 @@ from functools import partial
 
 from torch import Tensor
 
-from . import readings
-from .errors import TrajectoryError
-from .readings import Readings
-from .records import State, Step, differ, differs
-from .training import Training
+from ..device import readings
+from ..device.readings import Readings
+from ..errors import TrajectoryError
+from ..step.problem import Problem
+from ..step.state import State, Step, differ, differs
 
 
 class Watch:
     """Compares parameters, optimizer state and hyperparameters with what the last step left.
 
-    Version counters show ordinary writes at once. Writes through ``.data`` leave no trace but the values, which are
-    compared too: on a CPU at once, elsewhere at the hyper step, so that no step waits for the device.
+    Version counters show ordinary writes at once. Writes through ``.data`` leave no trace but the values,
+    which are compared too: on a CPU at once, elsewhere at the hyper step, so that no step waits for the
+    device.
     """
 
-    def __init__(self, training: Training) -> None:
-        self._training, self._hyperparameters = training, training.hyperparameters
+    def __init__(self, problem: Problem) -> None:
+        self._live, self._hyperparameters = problem.live, problem.hyperparameters
         self.reset()
 
     def reset(self) -> None:
@@ -42,7 +43,7 @@ class Watch:
         """Refuses to go on if anything was written to before step ``number``."""
         if self._written is None:
             return
-        changed = self._training.changed()
+        changed = self._live.changed()
         if changed is not None:
             raise TrajectoryError(tampering(changed, number))
         for tuned, version in zip(self._hyperparameters.all, self._versions):
@@ -61,18 +62,23 @@ class Watch:
         return tampered
 
     def check_values(self, steps: Sequence[Step], number: int, asked: Readings) -> None:
-        """As :meth:`check`, by values: those found at ``steps``, and those that are there before step ``number``."""
+        """As :meth:`check`, by values: those found at ``steps``, and those that are there before step
+        ``number``."""
         flags = [(step.number, step.tampered) for step in steps if step.tampered is not None]
-        tampered = self.compare(self._training.capture(), number)
+        tampered = self.compare(self._live.state(), number)
         if tampered is not None:
             flags.append((number, tampered))
         if flags:
             asked.ask([flag for _, flag in flags], partial(_refuse, "a parameter", [at for at, _ in flags]))
         for tuned, before in zip(self._hyperparameters.tensors, self._tensors):
-            asked.ask([differ(tuned.values(), before)], partial(_refuse, f"the hyperparameter {tuned.label!r}", [number]))
+            asked.ask(
+                [differ(tuned.values(), before)],
+                partial(_refuse, f"the hyperparameter {tuned.label!r}", [number]),
+            )
 
     def hyperparameters_restored(self) -> None:
-        """Takes the hyperparameters as they are now for unchanged: a hyper step that failed has put them back."""
+        """Takes the hyperparameters as they are now for unchanged: a hyper step that failed has put them
+        back."""
         if self._written is not None:
             self._versions = self._hyperparameters.versions()
 
@@ -87,8 +93,8 @@ def _refuse(what: str, numbers: Sequence[int], flags: Sequence[float]) -> None:
 def tampering(what: str, number: int) -> str:
     """The message."""
     return (
-        f"Somebody else wrote to {what} before training step {number + 1}, in the middle of a recorded window. The recorded "
-        "steps no longer lead to the current weights, so they cannot be differentiated. Do it after a hyper step or "
-        "restart(), which end the window, or compute it in the training loss or grad_transform; with method=Implicit weights "
-        "may be changed at any time."
+        f"Somebody else wrote to {what} before training step {number + 1}, in the middle of a recorded "
+        "window. The recorded steps no longer lead to the current weights, so they cannot be "
+        "differentiated. Do it after a hyper step or restart(), which end the window, or compute it in the "
+        "training loss or grad_transform; with method=Implicit weights may be changed at any time."
     )

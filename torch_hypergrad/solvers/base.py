@@ -4,52 +4,65 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..errors import SolverError
-from ..readings import Reading
 
 Matvec: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class SolveInfo:
-    """What a solve cost and how good it is.
+    """What a solve cost and how good it is, in numbers that may still be on their way from a device.
 
     Args:
         num_matvecs: products with ``A``.
-        residual: norm of ``b - A x`` over the norm of ``b``, damping included in ``A``; None where not computed. Where it
-            is on a device, a reading, which raises the solver's errors when it is read.
+        residual: norm of ``b - A x`` over the norm of ``b``, damping included in ``A``; None where not
+            computed.
         damping: what was added to the diagonal of ``A``.
+        numbers: what :meth:`Solver.check` is to judge, by name: tensors of one number each.
     """
 
     num_matvecs: int
-    residual: float | Reading[Any] | None
+    residual: float | Tensor | None
     damping: float = 0.0
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Solver(ABC):
     """Solves ``(A + damping I) x = b`` on flat vectors. Instances are immutable options and may be shared."""
 
     waits: ClassVar[bool] = True
-    """Whether :meth:`solve` waits for the device. One that does not, and draws no random numbers from generators of its
-    own, can be recorded as a whole; numbers that it reports are readings."""
+    """Whether :meth:`solve` waits for the device. One that does not, and draws no random numbers from
+    generators of its own, can be recorded as a whole."""
 
     @abstractmethod
-    def solve(self, matvec: Matvec, b: Tensor) -> tuple[Tensor, SolveInfo]:
+    def solve(
+        self, matvec: Matvec, b: Tensor, *, x0: Tensor | None = None, rtol: float | None = None
+    ) -> tuple[Tensor, SolveInfo]:
         """The solution, of shape ``(n,)`` as ``b``, and its statistics.
 
         Args:
-            matvec: ``v -> A v`` for vectors of shape ``(n,)``; a new vector each time, which may be written to.
+            matvec: ``v -> A v`` for vectors of shape ``(n,)``; a new vector each time, which may be written
+                to.
             b: the right-hand side, of shape ``(n,)``.
+            x0: where to start, of shape ``(n,)``; None for 0. What is exact has no use for it.
+            rtol: a relative tolerance in place of the solver's own, where it has one.
 
         Raises:
-            SolverError: if the solve diverged, or ``A`` is not what the solver needs.
+            SolverError: if ``A`` is not what the solver needs, where it waits for the device in any case.
+        """
+
+    def check(self, numbers: Mapping[str, float]) -> None:  # noqa: B027  (most have nothing to refuse)
+        """Refuses a solve that failed by its ``numbers``, once they have been read.
+
+        Raises:
+            SolverError: with the cause and the remedy.
         """
 
 
@@ -76,10 +89,21 @@ def damped(matvec: Matvec, damping: float) -> Matvec:
     return lambda v: matvec(v).add_(v, alpha=damping)
 
 
+def remainder(matvec: Matvec, b: Tensor, x0: Tensor | None) -> Tensor:
+    """``b - A x0`` as a new vector."""
+    return b.clone() if x0 is None else b - matvec(x0)
+
+
 def conjugate_gradients(
-    matvec: Matvec, b: Tensor, max_steps: int, rtol: float, precondition: Matvec | None = None
+    matvec: Matvec,
+    b: Tensor,
+    max_steps: int,
+    rtol: float,
+    *,
+    x0: Tensor | None = None,
+    precondition: Matvec | None = None,
 ) -> tuple[Tensor, int, float]:
-    """Conjugate gradients from 0, with a symmetric positive definite approximation of the inverse or without.
+    """Conjugate gradients, with a symmetric positive definite approximation of the inverse or without.
 
     Returns:
         The solution, the number of steps, and the norm of the residual over that of ``b``.
@@ -90,10 +114,10 @@ def conjugate_gradients(
     Source: Hestenes and Stiefel 1952; Saad 2003, algorithm 9.1.
     """
     norm = check_finite(b)
-    x, r = torch.zeros_like(b), b.clone()
+    x, r = torch.zeros_like(b) if x0 is None else x0.clone(), remainder(matvec, b, x0)
     z = r if precondition is None else precondition(r)
     p = z.clone()
-    rz, residual, steps = float(r @ z), norm, 0
+    rz, residual, steps = float(r @ z), norm if x0 is None else float(r.norm()), 0
     while steps < max_steps and residual > rtol * norm:
         ap = matvec(p)
         steps += 1
@@ -110,7 +134,8 @@ def conjugate_gradients(
 
 
 class IndefiniteError(Exception):
-    """A direction without positive curvature; each solver turns it into a :class:`SolverError` with its remedy."""
+    """A direction without positive curvature; each solver turns it into a :class:`SolverError` with its
+    remedy."""
 
     def __init__(self, curvature: float, steps: int) -> None:
         super().__init__(curvature, steps)
@@ -119,10 +144,11 @@ class IndefiniteError(Exception):
     def explain(self, solver: str, damping: float) -> SolverError:
         """The error for the user."""
         return SolverError(
-            f"{solver} met a direction of curvature {self.curvature:.3g} in iteration {self.steps}, and needs positive ones: "
-            "the training Hessian, with decay and damping, is not positive definite. Training is not at a minimum: train "
-            f"longer before the hyper step, pass {solver}(damping=...) above {damping + max(-self.curvature, 0):.3g}, or "
-            "Implicit(curvature='gauss_newton'), which is never negative."
+            f"{solver} met a direction of curvature {self.curvature:.3g} in iteration {self.steps}, and "
+            "needs positive ones: the training Hessian, with decay and damping, is not positive definite. "
+            f"Training is not at a minimum: train longer before the hyper step, pass {solver}(damping=...) "
+            f"above {damping + max(-self.curvature, 0):.3g}, or Implicit(curvature='gauss_newton'), which is "
+            "never negative."
         )
 
 
@@ -135,7 +161,7 @@ def check_norm(norm: float) -> float:
     """Refuses a norm of the right-hand side that is not finite."""
     if not math.isfinite(norm):
         raise SolverError(
-            f"The gradient of the validation loss has norm {norm}: there is nothing to solve for. Look for a validation "
-            "loss that overflows, or weights that have diverged: lower the learning rate."
+            f"The gradient of the validation loss has norm {norm}: there is nothing to solve for. Look for a "
+            "validation loss that overflows, or weights that have diverged: lower the learning rate."
         )
     return norm

@@ -31,7 +31,8 @@ class CG(Solver):
 
     Raises:
         TypeError, ValueError: for numbers out of range.
-        SolverError: when solving, if A shows a direction without positive curvature, or something is not finite.
+        SolverError: when solving, if A shows a direction without positive curvature, or something is not
+            finite.
 
     Source: Hestenes and Stiefel 1952; for hypergradients Pedregosa 2016.
     """
@@ -45,9 +46,14 @@ class CG(Solver):
         check_number(self.rtol, "CG: rtol", positive=False)
         check_number(self.damping, "CG: damping", positive=False)
 
-    def solve(self, matvec: Matvec, b: Tensor) -> tuple[Tensor, SolveInfo]:
+    def solve(
+        self, matvec: Matvec, b: Tensor, *, x0: Tensor | None = None, rtol: float | None = None
+    ) -> tuple[Tensor, SolveInfo]:
+        rtol = self.rtol if rtol is None else rtol
         try:
-            x, steps, residual = conjugate_gradients(damped(matvec, self.damping), b, self.max_steps, self.rtol)
+            x, steps, residual = conjugate_gradients(
+                damped(matvec, self.damping), b, self.max_steps, rtol, x0=x0
+            )
         except IndefiniteError as error:
             raise error.explain("CG", self.damping) from None
         return x, SolveInfo(steps, residual, self.damping)

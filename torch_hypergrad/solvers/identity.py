@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from ..readings import Reading, now_or_later
-from .base import Matvec, SolveInfo, Solver, check_norm, check_number
+from .base import Matvec, SolveInfo, Solver, check_norm, check_number, remainder
 
 
 @dataclass(frozen=True)
 class Identity(Solver):
-    """``x = scale * b``: no product at all, and the first term of the Neumann series. T1-T2 takes the learning rate as
-    ``scale``, and so differentiates one step of SGD.
+    """``x = scale * b``: no product at all, and the first term of the Neumann series.
+
+    With the learning rate as ``scale`` it differentiates one step of SGD taken at the current weights. T1-T2
+    (Luketina et al. 2016) differentiates the step that was taken: that is ``Unrolled(truncation=1)``.
 
     Args:
         scale: the inverse of the curvature.
@@ -22,7 +24,7 @@ class Identity(Solver):
     Raises:
         TypeError, ValueError: for a scale that is not positive.
 
-    Source: Luketina et al. 2016.
+    Source: Lorraine, Vicol and Duvenaud 2020, table 1.
     """
 
     scale: float = 1.0
@@ -32,10 +34,13 @@ class Identity(Solver):
     def __post_init__(self) -> None:
         check_number(self.scale, "Identity: scale", positive=True)
 
-    def solve(self, matvec: Matvec, b: Tensor) -> tuple[Tensor, SolveInfo]:
-        residual: Reading[None] | None = now_or_later([b.norm()], _no_residual)
-        return self.scale * b, SolveInfo(0, residual)
+    def solve(
+        self, matvec: Matvec, b: Tensor, *, x0: Tensor | None = None, rtol: float | None = None
+    ) -> tuple[Tensor, SolveInfo]:
+        x = self.scale * remainder(matvec, b, x0)
+        return x if x0 is None else x.add_(x0), SolveInfo(
+            0 if x0 is None else 1, None, numbers={"norm": b.norm()}
+        )
 
-
-def _no_residual(numbers: list[float]) -> None:
-    check_norm(numbers[0])
+    def check(self, numbers: Mapping[str, float]) -> None:
+        check_norm(numbers["norm"])

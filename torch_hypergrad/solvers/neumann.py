@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolverError
-from ..readings import Reading, now_or_later
-from .base import Matvec, SolveInfo, Solver, check_norm, check_number, check_positive_int, damped
+from .base import Matvec, SolveInfo, Solver, check_norm, check_number, check_positive_int, damped, remainder
 
 NUM_POWER_ITERATIONS = 8
 
@@ -28,8 +28,8 @@ class Neumann(Solver):
 
     Args:
         num_terms: K, the number of terms.
-        scale: :math:`\alpha`. None takes one over the largest eigenvalue (in absolute value), estimated by 8 power
-            iterations, which may fall short of it by half before the series diverges.
+        scale: :math:`\alpha`. None takes one over the largest eigenvalue (in absolute value), estimated by 8
+            power iterations, which may fall short of it by half before the series diverges.
         damping: solve with :math:`A + damping\, I` instead.
 
     Cost: ``num_terms`` products, and 8 for ``scale=None``.
@@ -53,44 +53,44 @@ class Neumann(Solver):
         if self.scale is not None:
             check_number(self.scale, "Neumann: scale", positive=True)
 
-    def solve(self, matvec: Matvec, b: Tensor) -> tuple[Tensor, SolveInfo]:
+    def solve(
+        self, matvec: Matvec, b: Tensor, *, x0: Tensor | None = None, rtol: float | None = None
+    ) -> tuple[Tensor, SolveInfo]:
         matvec = damped(matvec, self.damping)
-        scale = 1 / largest_eigenvalue(matvec, b) if self.scale is None else self.scale
-        step = b.new_ones(()).mul_(scale).neg_()
-        x, term = torch.zeros_like(b), b.clone()
+        estimated = self.scale is None
+        scale = 1 / largest_eigenvalue(matvec, b) if self.scale is None else b.new_full((), self.scale)
+        step, x, term = -scale, torch.zeros_like(b), remainder(matvec, b, x0)
         for _ in range(self.num_terms):
             x.add_(term)
             term.addcmul_(matvec(term), step)
-        num_matvecs = self.num_terms + (NUM_POWER_ITERATIONS if self.scale is None else 0)
-        norms = [b.norm(), term.norm(), *([scale] if isinstance(scale, Tensor) else [])]
-        residual: float | Reading[float] = now_or_later(norms, self._residual)
-        return x.mul_(scale), SolveInfo(num_matvecs, residual, self.damping)
+        num_matvecs = self.num_terms + (NUM_POWER_ITERATIONS if estimated else 0) + (x0 is not None)
+        norm, size = b.norm(), term.norm()
+        x.mul_(scale)
+        return x if x0 is None else x.add_(x0), SolveInfo(
+            num_matvecs,
+            size / norm.masked_fill(norm == 0, 1),
+            self.damping,
+            {"norm": norm, "residual": size, "scale": scale},
+        )
 
-    def _residual(self, numbers: list[float]) -> float:
-        """The relative residual from the norms of b and of the residual, and the scale if it was estimated.
-
-        Raises:
-            SolverError: if the series had no limit, or has not come nearer to it.
-        """
-        norm, size, *estimated = numbers
-        scale = estimated[0] if self.scale is None else self.scale
-        check_norm(norm)
-        residual = size / norm if norm > 0 else 0.0
+    def check(self, numbers: Mapping[str, float]) -> None:
+        norm, scale = check_norm(numbers["norm"]), numbers["scale"]
+        residual = numbers["residual"] / norm if norm > 0 else 0.0
         if not math.isfinite(scale):
             raise SolverError(
-                "Neumann: the training Hessian, with decay and damping, is zero, and has no inverse. The training loss is "
-                "flat or linear here: add weight decay or damping."
+                "Neumann: the training Hessian, with decay and damping, is zero, and has no inverse. The "
+                "training loss is flat or linear here: add weight decay or damping."
             )
         if not math.isfinite(residual) or residual > 1.0 + 1e-6:
             raise SolverError(self._divergence(residual, scale))
-        return residual
 
     def _divergence(self, residual: float, scale: float) -> str:
         return (
-            f"Neumann diverged: relative residual {residual:.3g} after {self.num_terms} terms with scale {scale:.3g}. "
-            f"The series needs the eigenvalues of the training Hessian, with decay and damping, in (0, {2 / scale:.3g}). "
-            "Negative ones mean that training is not at a minimum: train longer before the hyper step, or add damping. "
-            "Larger ones mean that scale is too large: lower it, or pass scale=None."
+            f"Neumann diverged: relative residual {residual:.3g} after {self.num_terms} terms with scale "
+            f"{scale:.3g}. The series needs the eigenvalues of the training Hessian, with decay and damping, "
+            f"in (0, {2 / scale:.3g}). Negative ones mean that training is not at a minimum: train longer "
+            "before the hyper step, or add damping. Larger ones mean that scale is too large: lower it, or "
+            "pass scale=None."
         )
 
 
@@ -106,8 +106,8 @@ def largest_eigenvalue(matvec: Matvec, like: Tensor) -> Tensor:
 
 
 def scattered(like: Tensor) -> Tensor:
-    """Numbers between -1 and 1 without a pattern, the same ones on every device: hashes of the positions. A generator's
-    numbers would have to be brought to a device, or could not be recorded there.
+    """Numbers between -1 and 1 without a pattern, the same ones on every device: hashes of the positions. A
+    generator's numbers would have to be brought to a device, or could not be recorded there.
 
     Source: after the finalizer of MurmurHash3, Appleby 2011.
     """

@@ -18,6 +18,7 @@ from .base import (
     check_positive_int,
     conjugate_gradients,
     damped,
+    remainder,
 )
 
 
@@ -26,14 +27,14 @@ class Nystrom(Solver):
     r"""Conjugate gradients preconditioned with a Nystrom approximation, for a symmetric positive definite A.
 
     Products with random orthonormal :math:`\Omega` give :math:`Y = A\Omega` and the approximation
-    :math:`Y (\Omega^\top Y)^{-1} Y^\top = U \Lambda U^\top \approx A`. The preconditioner brings its eigenvalues down to the
-    smallest one among them, :math:`\lambda_r`:
+    :math:`Y (\Omega^\top Y)^{-1} Y^\top = U \Lambda U^\top \approx A`. The preconditioner brings its
+    eigenvalues down to the smallest one among them, :math:`\lambda_r`:
 
     .. math:: P^{-1} = (\lambda_r + \mu)\, U (\Lambda + \mu)^{-1} U^\top + (I - U U^\top).
 
-    With ``max_steps=0`` there are no iterations, and the answer is that of the approximation (Woodbury's formula),
-    :math:`x = U (\Lambda + \mu)^{-1} U^\top b + (I - U U^\top) b / \mu`, which is good only where the damping
-    :math:`\mu` is well above the eigenvalues that are left out.
+    With ``max_steps=0`` there are no iterations, and the answer is that of the approximation (Woodbury's
+    formula), :math:`x = U (\Lambda + \mu)^{-1} U^\top b + (I - U U^\top) b / \mu`, which is good only where
+    the damping :math:`\mu` is well above the eigenvalues that are left out.
 
     Args:
         rank: r, the number of random directions.
@@ -41,8 +42,9 @@ class Nystrom(Solver):
         max_steps: at most so many iterations.
         rtol: stop when the norm of the residual is below ``rtol`` times that of ``b``.
 
-    Cost: ``rank`` products, then one for each iteration (with ``max_steps=0`` one for the residual); memory of
-    ``2 * rank`` vectors. The directions come from a fixed seed; the global random number generators are not touched.
+    Cost: ``rank`` products, then one for each iteration (with ``max_steps=0`` one for the residual); memory
+    of ``2 * rank`` vectors. The directions come from a fixed seed; the global random number generators are
+    not touched.
 
     Raises:
         TypeError, ValueError: for numbers out of range, or ``max_steps=0`` without damping.
@@ -64,11 +66,13 @@ class Nystrom(Solver):
             check_positive_int(self.max_steps, "Nystrom: max_steps")
         elif self.damping == 0:
             raise ValueError(
-                "Nystrom: max_steps=0 needs damping above 0, got 0: without iterations, what the approximation leaves out has "
-                "no inverse but that of the damping."
+                "Nystrom: max_steps=0 needs damping above 0, got 0: without iterations, what the "
+                "approximation leaves out has no inverse but that of the damping."
             )
 
-    def solve(self, matvec: Matvec, b: Tensor) -> tuple[Tensor, SolveInfo]:
+    def solve(
+        self, matvec: Matvec, b: Tensor, *, x0: Tensor | None = None, rtol: float | None = None
+    ) -> tuple[Tensor, SolveInfo]:
         norm = check_finite(b)
         rank, damping = min(self.rank, len(b)), self.damping
         basis, eigenvalues = self._approximate(matvec, b, rank)
@@ -80,20 +84,27 @@ class Nystrom(Solver):
             return torch.addmv(r / rest, basis, inside / (eigenvalues + damping) - inside / rest)
 
         if self.max_steps == 0:
-            x = inverse(b, damping)
+            x = inverse(remainder(damped(matvec, damping), b, x0), damping)
+            x = x if x0 is None else x + x0
             residual = float((b - damped(matvec, damping)(x)).norm()) / norm if norm > 0 else 0.0
-            return x, SolveInfo(rank + 1, residual, damping)
+            return x, SolveInfo(rank + 1 + (x0 is not None), residual, damping)
         rest = torch.where(smallest + damping > 0, smallest + damping, 1.0)
         try:
             x, steps, residual = conjugate_gradients(
-                damped(matvec, damping), b, self.max_steps, self.rtol, lambda r: inverse(r, rest)
+                damped(matvec, damping),
+                b,
+                self.max_steps,
+                self.rtol if rtol is None else rtol,
+                x0=x0,
+                precondition=lambda r: inverse(r, rest),
             )
         except IndefiniteError as error:
             raise error.explain("Nystrom", damping) from None
         return x, SolveInfo(rank + steps, residual, damping)
 
     def _approximate(self, matvec: Matvec, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """U, of shape (n, r), and the diagonal of Lambda, from random directions along which A is positive."""
+        """U, of shape (n, r), and the diagonal of Lambda, from random directions along which A is
+        positive."""
         generator = torch.Generator().manual_seed(0)
         rows = [torch.randn(b.shape, generator=generator, dtype=torch.float64).to(b) for _ in range(rank)]
         directions = torch.linalg.qr(torch.stack(rows, dim=1)).Q
@@ -101,8 +112,8 @@ class Nystrom(Solver):
         core = directions.T @ products
         if not bool(core.isfinite().all()):
             raise SolverError(
-                "Nystrom: a product with the training Hessian is not finite. Look for weights or a training loss that have "
-                "diverged: lower the learning rate."
+                "Nystrom: a product with the training Hessian is not finite. Look for weights or a training "
+                "loss that have diverged: lower the learning rate."
             )
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
         noise = values.abs().max() * rank * torch.finfo(b.dtype).eps

@@ -1,82 +1,174 @@
-"""The vector-Jacobian product of an update rule on one bucket: written out where the rule has it, else by autograd."""
+"""The second stage of a training step: the update rule, on every part of the state that has a gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from . import autodiff
-from .buckets import Bucket
-from .records import RuleState, Step
-from .training import Training
-from .tuned import TunedSetting
+from ..ground import autodiff
+from ..ground.buckets import Bucket
+from ..tune.hypergradient import Hypergradient
+from ..tune.hyperparameter_set import HyperparameterSet
+from ..tune.tuned import TunedSetting, write_setting
+from ..updates import UpdateRule
+from ..updates.base import Pulled
+from .state import Part, PerParameter, State, Step
+
+Tuned: TypeAlias = Mapping[TunedSetting, Tensor]
 
 
-@dataclass(frozen=True)
-class UpdateAdjoint:
-    """Adjoints of what one update reads; None or missing where zero."""
+class UpdateStage:
+    """An update rule with the tuned settings in their places.
 
-    param: Tensor
-    grad: Tensor | None
-    rule_state: dict[str, Tensor]
-    settings: dict[TunedSetting, Tensor]
-
-
-def pull_update(
-    training: Training,
-    bucket: Bucket,
-    param: Tensor,
-    grads: Sequence[Tensor | None],
-    rule_state: RuleState,
-    step: Step,
-    adj_param: Tensor,
-    adj_state: Mapping[str, Tensor],
-) -> UpdateAdjoint:
-    """From the adjoints of the parameters and the rule's state after an update to those of what it read.
-
-    What is returned may share memory with ``adj_param`` and ``adj_state``.
+    Args:
+        bucket_of: the bucket of some parameters.
     """
-    written = _written_out(training, bucket, param, grads, rule_state, step, adj_param, adj_state)
-    if written is not None:
-        return written
-    update = training.traced_update(bucket, param, grads, rule_state, step)
-    found = autodiff.gradients(
-        [update.new_param, *(update.new_state[k] for k in adj_state)],
-        [update.param, update.grad, *update.state.values(), *update.tuned.values()],
-        [adj_param, *adj_state.values()],
-    )
-    num_state = len(update.state)
-    return UpdateAdjoint(
-        torch.zeros_like(adj_param) if found[0] is None else found[0],
-        found[1],
-        {k: adj for k, adj in zip(update.state, found[2:]) if adj is not None},
-        {setting: part for setting, part in zip(update.tuned, found[2 + num_state :]) if part is not None},
-    )
 
+    def __init__(
+        self,
+        rule: UpdateRule,
+        hyperparameters: HyperparameterSet,
+        bucket_of: Callable[[Sequence[int]], Bucket],
+    ) -> None:
+        self.rule, self.hyperparameters, self._bucket_of = rule, hyperparameters, bucket_of
 
-def _written_out(
-    training: Training,
-    bucket: Bucket,
-    param: Tensor,
-    grads: Sequence[Tensor | None],
-    rule_state: RuleState,
-    step: Step,
-    adj_param: Tensor,
-    adj_state: Mapping[str, Tensor],
-) -> UpdateAdjoint | None:
-    """The same by the rule's own formula; None if it has none for these settings."""
-    if training.rule.pull is None:
-        return None
-    with torch.no_grad():
-        grad = bucket.gather(grads)  # type: ignore[arg-type]
-        pulled = training.rule.pull(param, grad, rule_state, training.settings(bucket, step), adj_param, adj_state)
-        tuned = training.hyperparameters.of_group[bucket.group]
-        if pulled is None or any(setting.spec.name not in pulled.settings for setting in tuned):
-            return None
-        parts = {
-            setting: pulled.settings[setting.spec.name] * setting.factor(step.settings[bucket.group]) for setting in tuned
+    def refined(self, state: State, active: Sequence[bool]) -> State:
+        """``state`` with every part wholly with or wholly without gradients."""
+        return state.refined(active, self._bucket_of)
+
+    def tuned(self, bucket: Bucket) -> list[TunedSetting]:
+        """The tuned settings of a bucket's group."""
+        return self.hyperparameters.of_group[bucket.group]
+
+    def leaves(self, bucket: Bucket, number: int) -> dict[TunedSetting, Tensor]:
+        """What the rule gets for them at step ``number``, to differentiate with respect to."""
+        return {setting: autodiff.leaf(setting.for_bucket(bucket, number)) for setting in self.tuned(bucket)}
+
+    def settings(self, bucket: Bucket, step: Step, tuned: Tuned | None = None) -> dict[str, Any]:
+        """The settings of a bucket at a step, with the tuned ones in their place (or those given as
+        ``tuned``)."""
+        settings = dict(step.settings[bucket.group])
+        for setting in self.tuned(bucket):
+            value = setting.for_bucket(bucket, step.number) if tuned is None else tuned[setting]
+            factor = setting.factor(step.settings[bucket.group])
+            write_setting(settings, setting.spec.name, value if factor == 1.0 else value * factor)
+        return settings
+
+    def apply(self, state: State, grads: PerParameter, step: Step) -> State:
+        """The state after the update. Buffers are left out."""
+        with torch.no_grad():
+            return State(
+                tuple(self._applied(part, grads, step) for part in self.refined(state, _active(grads)).parts)
+            )
+
+    def _applied(self, part: Part, grads: PerParameter, step: Step) -> Part:
+        bucket, param, rule_state = part
+        if grads[bucket.indices[0]] is None:
+            return part
+        return Part(
+            bucket, *self.rule.update(param, bucket.gather(grads), rule_state, self.settings(bucket, step))
+        )
+
+    def pull(
+        self, state: State, grads: PerParameter, step: Step, adjoint: State, into: Hypergradient
+    ) -> tuple[State, list[Tensor | None]]:
+        """Vector-Jacobian products of the update alone: from the adjoint of the state after it to that of the
+        refined ``state`` before it and of the gradients; what goes to tuned settings is added to ``into``.
+
+        What is returned may share memory with ``adjoint``.
+        """
+        parts, adj_grads = [], dict[int, Tensor]()
+        for part, adj in zip(state.parts, adjoint.parts):
+            if grads[part.bucket.indices[0]] is not None:
+                pulled, by_setting = self._pulled(part, part.bucket.gather(grads), step, adj)
+                for setting, found in by_setting.items():
+                    into.add_setting(setting, found, part.bucket, step.number)
+                if pulled.grad is not None:
+                    adj_grads.update(part.bucket.scatter(pulled.grad))
+                adj = Part(part.bucket, pulled.param, dict(pulled.state))
+            parts.append(adj)
+        return replace(adjoint, parts=tuple(parts)), [adj_grads.get(i) for i in range(len(grads))]
+
+    def _pulled(self, part: Part, grad: Tensor, step: Step, adj: Part) -> tuple[Pulled, Tuned]:
+        """By the rule's own formula where it has one for what is tuned, else by autograd."""
+        bucket, param, rule_state = part
+        tuned = self.tuned(bucket)
+        if self.rule.pull is not None:
+            with torch.no_grad():
+                settings = self.settings(bucket, step)
+                pulled = self.rule.pull(param, grad, rule_state, settings, adj.param, adj.rule_state)
+                if pulled is not None and all(setting.spec.name in pulled.settings for setting in tuned):
+                    factors = {setting: setting.factor(step.settings[bucket.group]) for setting in tuned}
+                    return pulled, {s: pulled.settings[s.spec.name] * factor for s, factor in factors.items()}
+        traced = _TracedUpdate(self, part, grad, step)
+        found = autodiff.gradients(
+            [traced.new_param, *(traced.new_state[key] for key in adj.rule_state)],
+            traced.inputs(),
+            [adj.param, *adj.rule_state.values()],
+        )
+        adj_param = torch.zeros_like(adj.param) if found[0] is None else found[0]
+        by_state = {key: part for key, part in zip(traced.state, found[2:]) if part is not None}
+        by_setting = {
+            s: part for s, part in zip(traced.tuned, found[2 + len(traced.state) :]) if part is not None
         }
-    return UpdateAdjoint(pulled.param, pulled.grad, dict(pulled.state), parts)
+        return Pulled(adj_param, found[1], by_state, {}), by_setting
+
+    def pusher(
+        self, state: State, grads: PerParameter, step: Step
+    ) -> Callable[[State, PerParameter, Mapping[TunedSetting, Tensor]], State]:
+        """The update from tangents of the refined ``state``, of the gradients, and of the values of tuned
+        settings, to those of the state after it."""
+        pushes = [self._push_of(part, grads, step) for part in state.parts]
+
+        def push(tangent: State, tan_grads: PerParameter, tan_values: Mapping[TunedSetting, Tensor]) -> State:
+            parts = [push(part, tan_grads, tan_values) for push, part in zip(pushes, tangent.parts)]
+            return replace(tangent, parts=tuple(parts))
+
+        return push
+
+    def _push_of(
+        self, part: Part, grads: PerParameter, step: Step
+    ) -> Callable[[Part, PerParameter, Mapping[TunedSetting, Tensor]], Part]:
+        bucket = part.bucket
+        if grads[bucket.indices[0]] is None:
+            return lambda tangent, tan_grads, tan_values: tangent
+        traced = _TracedUpdate(self, part, bucket.gather(grads), step)
+        new_state = {key: value for key, value in traced.new_state.items() if autodiff.is_float(value)}
+        push = autodiff.linearized([traced.new_param, *new_state.values()], traced.inputs())
+
+        def push_part(
+            tangent: Part, tan_grads: PerParameter, tan_values: Mapping[TunedSetting, Tensor]
+        ) -> Part:
+            tan_tuned = [
+                s.lay_out(tan_values[s], bucket, step.number).to(value.dtype) if s in tan_values else None
+                for s, value in traced.tuned.items()
+            ]
+            tan_state = [tangent.rule_state.get(key) for key in traced.state]
+            tan_param, *rest = push([tangent.param, bucket.gather(tan_grads), *tan_state, *tan_tuned])
+            return Part(bucket, tan_param, dict(zip(new_state, rest)))
+
+        return push_part
+
+
+class _TracedUpdate:
+    """The update rule on one part, with a graph from its inputs, which are leaves, to its outputs."""
+
+    def __init__(self, stage: UpdateStage, part: Part, grad: Tensor, step: Step) -> None:
+        self.param, self.grad = autodiff.leaf(part.param), autodiff.leaf(grad)
+        self.state = {k: autodiff.leaf(v) for k, v in part.rule_state.items() if autodiff.is_float(v)}
+        self.tuned = stage.leaves(part.bucket, step.number)
+        settings = stage.settings(part.bucket, step, self.tuned)
+        with torch.enable_grad():
+            state = {**part.rule_state, **self.state}
+            self.new_param, self.new_state = stage.rule.update(self.param, self.grad, state, settings)
+
+    def inputs(self) -> list[Tensor]:
+        return [self.param, self.grad, *self.state.values(), *self.tuned.values()]
+
+
+def _active(grads: PerParameter) -> list[bool]:
+    return [g is not None for g in grads]

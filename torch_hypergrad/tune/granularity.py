@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .buckets import Bucket
-from .vectors import Layout
+from ..ground.buckets import Bucket
+from ..ground.vectors import Layout
 
 
 class Granularity(ABC):
-    """How the values of one setting are laid out over the parameters of a group. Adjoints of values are summed up
-    in the layout of the rules, and reduced to one for each value at the end."""
+    """How the values of one setting are laid out over the parameters of a group. Adjoints of values are
+    summed up in the layout of the rules, and reduced to one for each value at the end."""
+
+    is_number: ClassVar[bool] = False
+    """Whether it is one number for the whole group at all times, as the optimizer itself has it."""
+
+    is_per_weight: ClassVar[bool] = False
+    """Whether each weight has a value of its own; kept in the weights' dtype, the others in float64, since
+    ``1 - beta2`` would lose four digits in float32."""
+
+    is_per_step: ClassVar[bool] = False
+    """Whether each training step of an episode has one, so that the number of steps must be known."""
 
     @abstractmethod
     def count(self, layout: Layout, num_steps: int | None) -> tuple[int, ...]:
@@ -28,6 +39,10 @@ class Granularity(ABC):
     def add_adjoint(self, total: Tensor, part: Tensor, layout: Layout, bucket: Bucket, step: int) -> None:
         """Adds the adjoint of what :meth:`lay_out` gave to ``total``."""
 
+    def as_seen(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """The values as the rule sees them, rounded to the ``dtype`` of the weights where they are."""
+        return values
+
     def zero_adjoint(self, values: Tensor, layout: Layout) -> Tensor:
         """The ``total`` to begin with."""
         return torch.zeros_like(values)
@@ -36,13 +51,17 @@ class Granularity(ABC):
         """``total`` as one adjoint for each value."""
         return total
 
-    def named(self, values: Tensor, setting: str, group: int, names: Sequence[str], layout: Layout) -> dict[str, Tensor]:
+    def named(
+        self, values: Tensor, setting: str, group: int, names: Sequence[str], layout: Layout
+    ) -> dict[str, Tensor]:
         """The values by their public names."""
         return {f"{setting}/group{group}": values}
 
 
 class PerGroup(Granularity):
     """One number for the whole group."""
+
+    is_number = True
 
     def count(self, layout: Layout, num_steps: int | None) -> tuple[int, ...]:
         return ()
@@ -57,6 +76,8 @@ class PerGroup(Granularity):
 class PerStep(Granularity):
     """One number for each training step of an episode."""
 
+    is_per_step = True
+
     def count(self, layout: Layout, num_steps: int | None) -> tuple[int, ...]:
         return (num_steps or 0,)
 
@@ -70,6 +91,8 @@ class PerStep(Granularity):
 class PerElement(Granularity):
     """One number for each weight, in one vector over the group."""
 
+    is_per_weight = True
+
     def count(self, layout: Layout, num_steps: int | None) -> tuple[int, ...]:
         return (layout.numel,)
 
@@ -79,7 +102,9 @@ class PerElement(Granularity):
     def add_adjoint(self, total: Tensor, part: Tensor, layout: Layout, bucket: Bucket, step: int) -> None:
         layout.add_at(total, bucket.positions, part.reshape(-1).to(total.device, total.dtype))
 
-    def named(self, values: Tensor, setting: str, group: int, names: Sequence[str], layout: Layout) -> dict[str, Tensor]:
+    def named(
+        self, values: Tensor, setting: str, group: int, names: Sequence[str], layout: Layout
+    ) -> dict[str, Tensor]:
         return {f"{setting}/{name}": part for name, part in zip(names, layout.split(values))}
 
 
@@ -94,6 +119,9 @@ class PerTensor(Granularity):
         repeated = [values[i].expand(layout.sizes[i]) for i in bucket.positions]
         return torch.cat(repeated).view(bucket.shape)
 
+    def as_seen(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return values.to(dtype)
+
     def zero_adjoint(self, values: Tensor, layout: Layout) -> Tensor:
         return values.new_zeros(layout.numel)
 
@@ -103,7 +131,9 @@ class PerTensor(Granularity):
     def reduce(self, total: Tensor, layout: Layout) -> Tensor:
         return torch.stack([part.sum() for part in total.split(layout.sizes)])
 
-    def named(self, values: Tensor, setting: str, group: int, names: Sequence[str], layout: Layout) -> dict[str, Tensor]:
+    def named(
+        self, values: Tensor, setting: str, group: int, names: Sequence[str], layout: Layout
+    ) -> dict[str, Tensor]:
         return {f"{setting}/{name}": value for name, value in zip(names, values.unbind())}
 
 

@@ -10,18 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ground.vectors import Layout
+from ..updates import UpdateRule
 from .granularity import GRANULARITIES
-from .hyperparameters import Hyperparameter
+from .hyperparameter import Hyperparameter
 from .tuned import TunedSetting, TunedTensor
-from .updates import UpdateRule
-from .vectors import Layout
 
 
 class HyperparameterSet:
-    """All that one HyperOptimizer tunes: settings of the optimizer first, then tensors in the training loss."""
+    """All that one HyperOptimizer tunes: settings of the optimizer first, then tensors in the training
+    loss."""
 
     def __init__(
-        self, tune: Sequence[Any], groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], rule: UpdateRule
+        self,
+        tune: Sequence[Any],
+        groups: Sequence[Mapping[str, Any]],
+        names: Sequence[Sequence[str]],
+        rule: UpdateRule,
     ) -> None:
         specs = [entry for entry in tune if isinstance(entry, Hyperparameter)]
         self.settings = [tuned for spec in specs for tuned in _tuned_settings(spec, groups, names, rule)]
@@ -39,9 +44,18 @@ class HyperparameterSet:
         """The tuned tensors that the training loss reads."""
         return [tuned.leaf for tuned in self.tensors]
 
+    @property
+    def are_per_weight(self) -> list[bool]:
+        """For each param group, whether a setting has a value for each weight."""
+        return [any(t.granularity.is_per_weight for t in tuned) for tuned in self.of_group]
+
     def named(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         """One tensor for each entry of ``all``, split up by public names."""
-        return {name: value for tuned, given in zip(self.all, values) for name, value in tuned.named(given).items()}
+        return {
+            name: value
+            for tuned, given in zip(self.all, values)
+            for name, value in tuned.named(given).items()
+        }
 
     def values(self) -> dict[str, Tensor]:
         """The current values by public names."""
@@ -53,14 +67,20 @@ class HyperparameterSet:
         Raises:
             ValueError: with the name of the first.
         """
-        known = {name: (tuned, part) for tuned in self.all for name, part in tuned.named(tuned.values()).items()}
+        known = {
+            name: (tuned, part) for tuned in self.all for name, part in tuned.named(tuned.values()).items()
+        }
         for name, given in values.items():
             if name not in known:
-                raise ValueError(f"No hyperparameter is named {name!r}. Tuned are: {', '.join(list(known)[:20])}.")
+                raise ValueError(
+                    f"No hyperparameter is named {name!r}. Tuned are: {', '.join(list(known)[:20])}."
+                )
             tuned, part = known[name]
             given = torch.as_tensor(given)
             if given.shape != part.shape:
-                raise ValueError(f"{name!r} has shape {tuple(part.shape)}, got a tensor of shape {tuple(given.shape)}.")
+                raise ValueError(
+                    f"{name!r} has shape {tuple(part.shape)}, got a tensor of shape {tuple(given.shape)}."
+                )
             tuned.check_values(given, name)
 
     def set_values(self, values: Mapping[str, Any]) -> None:
@@ -72,52 +92,55 @@ class HyperparameterSet:
                     part.copy_(torch.as_tensor(values[name]))
             tuned.set_values(current)
 
-    def zero_adjoints(self) -> list[Tensor]:
-        """One total for each entry of ``all``."""
-        return [tuned.zero_adjoint() for tuned in self.all]
-
-    def reduce(self, totals: Sequence[Tensor]) -> list[Tensor]:
-        """Totals as gradients with respect to the values."""
-        return [tuned.reduce(total) for tuned, total in zip(self.all, totals)]
-
     def versions(self) -> list[int]:
         """Counters that move when somebody writes to the values."""
         return [tuned.leaf._version for tuned in self.all]
 
 
 def _tuned_settings(
-    spec: Hyperparameter, groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], rule: UpdateRule
+    spec: Hyperparameter,
+    groups: Sequence[Mapping[str, Any]],
+    names: Sequence[Sequence[str]],
+    rule: UpdateRule,
 ) -> list[TunedSetting]:
     _check_setting(spec.name, groups, rule)
-    if spec.per == "element" and spec.name in rule.whole:
+    if GRANULARITIES[spec.per].is_per_weight and spec.name in rule.whole:
         raise ValueError(
-            f"Hyperparameter({spec.name!r}, per='element'): this setting acts on a parameter as a whole and has no value for "
-            "each element. Use per='tensor' or per='group'."
+            f"Hyperparameter({spec.name!r}, per='element'): this setting acts on a parameter as a whole and "
+            "has no value for each element. Use per='tensor' or per='group'."
         )
     chosen = range(len(groups)) if spec.groups is None else spec.groups
     if any(i not in range(len(groups)) for i in chosen):
         raise ValueError(
-            f"Hyperparameter({spec.name!r}): groups={list(chosen)}, and the optimizer's param groups are numbered 0 to "
-            f"{len(groups) - 1}."
+            f"Hyperparameter({spec.name!r}): groups={list(chosen)}, and the optimizer's param groups are "
+            f"numbered 0 to {len(groups) - 1}."
         )
     tuned = [i for i in chosen if groups[i]["params"]]
     starts = _starts(spec, [Layout([p.shape for p in groups[i]["params"]]) for i in tuned])
-    return [TunedSetting(spec, i, groups[i], names[i], rule.tunable[spec.name], start) for i, start in zip(tuned, starts)]
+    return [
+        TunedSetting(spec, i, groups[i], names[i], rule.tunable[spec.name], start)
+        for i, start in zip(tuned, starts)
+    ]
 
 
 def _starts(spec: Hyperparameter, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
     """The given start for each group, None where each takes its own."""
     if spec.init is None:
         return [None] * len(layouts)
-    init = torch.as_tensor(spec.init, dtype=torch.float64 if isinstance(spec.init, (int, float)) else None).detach()
+    init = torch.as_tensor(
+        spec.init, dtype=torch.float64 if isinstance(spec.init, (int, float)) else None
+    ).detach()
     shapes = [GRANULARITIES[spec.per].count(layout, spec.num_steps) for layout in layouts]
     counts = [math.prod(shape) for shape in shapes]
     if init.numel() not in (1, sum(counts)):
         raise ValueError(
-            f"Hyperparameter({spec.name!r}, per={spec.per!r}): init has {init.numel()} entries, and there are "
-            f"{sum(counts)} values. Pass one entry for each, in the order of the groups and their parameters."
+            f"Hyperparameter({spec.name!r}, per={spec.per!r}): init has {init.numel()} entries, and there "
+            f"are {sum(counts)} values. Pass one entry for each, in the order of the groups and their "
+            "parameters."
         )
-    return [part.reshape(shape) for part, shape in zip(init.reshape(-1).expand(sum(counts)).split(counts), shapes)]
+    return [
+        part.reshape(shape) for part, shape in zip(init.reshape(-1).expand(sum(counts)).split(counts), shapes)
+    ]
 
 
 def _check_setting(name: str, groups: Sequence[Mapping[str, Any]], rule: UpdateRule) -> None:
@@ -126,11 +149,13 @@ def _check_setting(name: str, groups: Sequence[Mapping[str, Any]], rule: UpdateR
     known = ", ".join(rule.tunable)
     entries = [repr(tunable) for tunable in rule.tunable if tunable.partition(".")[0] == name]
     if entries:
-        raise ValueError(f"{name!r} is a pair of settings, or more: tune its entries {' and '.join(entries)} one by one.")
+        raise ValueError(
+            f"{name!r} is a pair of settings, or more: tune its entries {' and '.join(entries)} one by one."
+        )
     if any(name.partition(".")[0] == key for group in groups for key in group if key != "params"):
         raise ValueError(
-            f"The setting {name!r} cannot be tuned: it is not a continuous setting that moves the parameters. "
-            f"Those of this optimizer are: {known}."
+            f"The setting {name!r} cannot be tuned: it is not a continuous setting that moves the "
+            f"parameters. Those of this optimizer are: {known}."
         )
     nearest = difflib.get_close_matches(name, list(rule.tunable), n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
@@ -141,8 +166,8 @@ def _check_unique(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
-                f"tune has {names.count(name)} entries named {name!r}. Each setting of a group has one value at a time: "
-                "keep one entry."
+                f"tune has {names.count(name)} entries named {name!r}. Each setting of a group has one value "
+                "at a time: keep one entry."
             )
 
 
@@ -159,22 +184,30 @@ def _tuned_tensors(entries: Sequence[Any]) -> list[TunedTensor]:
             prefix = name or type(thing).__name__
             if not any(p.requires_grad for p in thing.parameters()):
                 raise ValueError(
-                    f"tune holds the module {prefix}, which has no parameter that requires a gradient: take it out."
+                    f"tune holds the module {prefix}, which has no parameter that requires a gradient: take "
+                    "it out."
                 )
             tuned += [TunedTensor(f"{prefix}.{n}", p) for n, p in thing.named_parameters() if p.requires_grad]
         elif isinstance(thing, Tensor):
             tuned.append(TunedTensor(name or f"tensor{position}", thing))
         else:
             raise TypeError(
-                f"tune takes Hyperparameter, nn.Module or leaf tensors (or a pair of a name and one of the latter), "
-                f"got {type(thing).__name__}: {thing!r}."
+                "tune takes Hyperparameter, nn.Module or leaf tensors (or a pair of a name and one of the "
+                f"latter), got {type(thing).__name__}: {thing!r}."
             )
     for t in tuned:
         if not (t.leaf.is_leaf and t.leaf.requires_grad and t.leaf.is_floating_point()):
             raise ValueError(
-                f"The tuned tensor {t.name!r} must be a floating-point leaf with requires_grad=True (dtype {t.leaf.dtype}, "
-                f"is_leaf={t.leaf.is_leaf}, requires_grad={t.leaf.requires_grad}): make it with "
-                "tensor.detach().clone().requires_grad_()."
+                f"The tuned tensor {t.name!r} must be a floating-point leaf with requires_grad=True (dtype "
+                f"{t.leaf.dtype}, is_leaf={t.leaf.is_leaf}, requires_grad={t.leaf.requires_grad}): make it "
+                "with tensor.detach().clone().requires_grad_()."
+            )
+        if 0 in t.leaf.stride() and t.leaf.numel() > 1:
+            raise ValueError(
+                f"The tuned tensor {t.name!r} of shape {tuple(t.leaf.shape)} was made by expand: some of its "
+                "entries share memory, so they cannot move apart. Make it with "
+                "tensor.detach().clone().requires_grad_(), or tune the tensor before expand and expand it "
+                "in the loss."
             )
     _check_unique([t.name for t in tuned])
     first_names: dict[int, str] = {}

@@ -1,4 +1,5 @@
-"""What the hyper optimizer moves: the values of the tuned settings, and tuned tensors of the training loss."""
+"""What the hyper optimizer moves: the values of the tuned settings, and tuned tensors of the training
+loss."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buckets import Bucket
+from ..ground.buckets import Bucket
+from ..ground.vectors import Layout
 from .granularity import GRANULARITIES
-from .hyperparameters import Hyperparameter, check_start
-from .vectors import Layout
+from .hyperparameter import Hyperparameter, check_start
 
 
 def read_setting(settings: Mapping[str, Any], name: str) -> Any:
@@ -46,20 +47,18 @@ class TunedSetting:
     ) -> None:
         self.spec, self.group, self.names = spec, group_index, list(names)
         self.layout = Layout([p.shape for p in group["params"]])
-        self._granularity = GRANULARITIES[spec.per]
+        self.granularity = GRANULARITIES[spec.per]
         base = group.get("initial_lr", group["lr"]) if spec.name == "lr" else read_setting(group, spec.name)
         self.base = float(base)
         self.low = legal[0] if spec.low is None else spec.low
         self.high = legal[1] if spec.high is None else spec.high
         first = group["params"][0]
-        wide = spec.per == "element" or first.device.type == "mps"
-        shape = self._granularity.count(self.layout, spec.num_steps)
+        wide = self.granularity.is_per_weight or first.device.type == "mps"
+        shape = self.granularity.count(self.layout, spec.num_steps)
         start = torch.tensor(self.base, dtype=torch.float64) if start is None else start.detach()
-        # Single numbers are kept in float64: 1 - beta2 would lose four digits in float32.
-        dtype = first.dtype if wide else torch.float64
-        values = start.to(first.device, dtype).expand(shape).clone()
-        rounded = values.to(first.dtype) if spec.per == "tensor" else values  # as the rule will see them
-        check_start(spec.name, rounded, self.low, self.high, spec.log)
+        values = start.to(first.device, first.dtype if wide else torch.float64).expand(shape).clone()
+        seen = self.granularity.as_seen(values, first.dtype)
+        check_start(spec.name, seen, self.low, self.high, spec.log)
         self.leaf = (values.log() if spec.log else values).requires_grad_()
         self._laid_out: dict[Bucket, Tensor] = {}
 
@@ -104,7 +103,7 @@ class TunedSetting:
 
     def for_bucket(self, bucket: Bucket, step: int) -> Tensor:
         """The values as the rule gets them."""
-        if self.spec.per == "step":
+        if self.granularity.is_per_step:
             return self.lay_out(self.values(), bucket, step)
         if bucket not in self._laid_out:
             self._laid_out[bucket] = self.lay_out(self.values(), bucket, step)
@@ -115,9 +114,10 @@ class TunedSetting:
         if self.spec.num_steps is not None and step >= self.spec.num_steps:
             raise ValueError(
                 f"Training step {step + 1} is past the end of the schedule {self.label}, which has "
-                f"num_steps={self.spec.num_steps}. Call restart() to begin the next episode, or give it more steps."
+                f"num_steps={self.spec.num_steps}. Call restart() to begin the next episode, or give it more "
+                "steps."
             )
-        return self._granularity.lay_out(values, self.layout, bucket, step)
+        return self.granularity.lay_out(values, self.layout, bucket, step)
 
     def factor(self, settings: Mapping[str, Any]) -> float:
         """What an LR scheduler has made of the group's own value, as a factor on the tuned one."""
@@ -126,26 +126,27 @@ class TunedSetting:
             return 1.0
         if self.base == 0:
             raise ValueError(
-                f"The group's {self.spec.name} went from 0 to {now:g} while {self.label} is tuned. A scheduler's factor on "
-                "a tuned setting is its value over the initial one, which is 0 here: start the group above 0."
+                f"The group's {self.spec.name} went from 0 to {now:g} while {self.label} is tuned. A "
+                "scheduler's factor on a tuned setting is its value over the initial one, which is 0 here: "
+                "start the group above 0."
             )
         return now / self.base
 
     def zero_adjoint(self) -> Tensor:
         """A total to sum adjoints in."""
-        return self._granularity.zero_adjoint(self.leaf.detach(), self.layout)
+        return self.granularity.zero_adjoint(self.leaf.detach(), self.layout)
 
     def add_adjoint(self, total: Tensor, part: Tensor, bucket: Bucket, step: int) -> None:
         """Adds the adjoint of what :meth:`for_bucket` gave."""
-        self._granularity.add_adjoint(total, part, self.layout, bucket, step)
+        self.granularity.add_adjoint(total, part, self.layout, bucket, step)
 
     def reduce(self, total: Tensor) -> Tensor:
         """The total as one number for each value."""
-        return self._granularity.reduce(total, self.layout)
+        return self.granularity.reduce(total, self.layout)
 
     def named(self, values: Tensor) -> dict[str, Tensor]:
         """Anything shaped like the values, by public names."""
-        return self._granularity.named(values, self.spec.name, self.group, self.names, self.layout)
+        return self.granularity.named(values, self.spec.name, self.group, self.names, self.layout)
 
 
 class TunedTensor:
@@ -182,7 +183,7 @@ class TunedTensor:
 
     def zero_adjoint(self) -> Tensor:
         """A total to sum adjoints in."""
-        return torch.zeros_like(self.leaf)
+        return torch.zeros_like(self.leaf.detach())
 
     def reduce(self, total: Tensor) -> Tensor:
         """The total itself."""

@@ -8,7 +8,7 @@ from .from_higher import higher_rule
 
 _REFUSED: dict[type[Optimizer], str] = {
     LBFGS: "its step calls the loss many times, in a line search, and is not one differentiable update",
-    SparseAdam: "its step reads which entries of a gradient are present, and sparse gradients have no second derivative",
+    SparseAdam: "its step reads which entries a gradient has, and sparse gradients have no derivative",
 }
 
 
@@ -21,14 +21,17 @@ def rule_of(optimizer: Optimizer) -> UpdateRule:
     kind = type(optimizer)
     for refused, reason in _REFUSED.items():
         if isinstance(optimizer, refused):
-            raise ValueError(f"{kind.__name__} cannot be wrapped: {reason}. Use SGD, Adam or another first-order optimizer.")
+            raise ValueError(
+                f"{kind.__name__} cannot be wrapped: {reason}. Use SGD, Adam or another first-order "
+                "optimizer."
+            )
     rule = registered_rule(optimizer) or higher_rule(optimizer)
     if rule is None:
         known = ", ".join(sorted(t.__name__ for t in registered_types()))
         raise ValueError(
-            f"There is no update rule for {kind.__module__}.{kind.__qualname__}. A hypergradient needs the optimizer's "
-            f"step as a differentiable function. Known: {known}. Register a rule of your own with "
-            "torch_hypergrad.register_update (docs/extending.md)."
+            f"There is no update rule for {kind.__module__}.{kind.__qualname__}. A hypergradient needs the "
+            f"optimizer's step as a differentiable function. Known: {known}. Register a rule of your own "
+            "with torch_hypergrad.register_update (docs/extending.md)."
         )
     return rule
 

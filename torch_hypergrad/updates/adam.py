@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..autodiff import sqrt
+from ..ground.autodiff import sqrt
 from .base import (
     FRACTION,
     POSITIVE,
     Pulled,
+    RuleState,
     Settings,
-    State,
     add_scaled,
     addcdiv,
     addcmul,
@@ -30,7 +30,13 @@ from .base import (
     signed,
 )
 
-TUNABLE = {"lr": POSITIVE, "betas.0": FRACTION, "betas.1": FRACTION, "eps": POSITIVE, "weight_decay": POSITIVE}
+TUNABLE = {
+    "lr": POSITIVE,
+    "betas.0": FRACTION,
+    "betas.1": FRACTION,
+    "eps": POSITIVE,
+    "weight_decay": POSITIVE,
+}
 
 
 def decay(param: Tensor, grad: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -42,7 +48,7 @@ def decay(param: Tensor, grad: Tensor, settings: Settings) -> tuple[Tensor, Tens
     return param, signed(grad, settings)
 
 
-def moments(grad: Tensor, state: State, settings: Settings) -> tuple[int, Tensor, Tensor]:
+def moments(grad: Tensor, state: RuleState, settings: Settings) -> tuple[int, Tensor, Tensor]:
     """The step's number, and the running averages of the gradient and of its square."""
     beta1, beta2 = settings["betas"]
     exp_avg = state["exp_avg"] if "exp_avg" in state else torch.zeros_like(grad)
@@ -58,18 +64,19 @@ def preconditioner(second_moment: Tensor, step: int, settings: Settings) -> Tens
     return sqrt(second_moment) / bias_correction2**0.5 + settings["eps"]
 
 
-def adam_preconditioner(state: State, settings: Settings) -> Tensor:
+def adam_preconditioner(state: RuleState, settings: Settings) -> Tensor:
     """``sqrt(v / (1 - beta2^t)) + eps`` of the step taken last; with AMSGrad, of the largest v so far."""
     amsgrad = settings.get("amsgrad", False)
     return preconditioner(state["max_exp_avg_sq" if amsgrad else "exp_avg_sq"], state["step"], settings)
 
 
 def decoupled_stationarity(param: Tensor, grad: Tensor, scale: Tensor | float, settings: Settings) -> Tensor:
-    """``F = g + D * weight_decay * param``, with the preconditioner D frozen, which keeps dF/dparam symmetric."""
+    """``F = g + D * weight_decay * param``, with the preconditioner D frozen, which keeps dF/dparam
+    symmetric."""
     return signed(grad, settings) + scale * settings["weight_decay"] * param
 
 
-def adam_stationarity(param: Tensor, grad: Tensor, state: State, settings: Settings) -> Tensor:
+def adam_stationarity(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> Tensor:
     """L2 decay: ``F = g + weight_decay * param``; decoupled decay: with the factor D = sqrt(v) + eps."""
     if not settings.get("decoupled_weight_decay", False):
         return l2_stationarity(param, grad, state, settings)
@@ -77,9 +84,15 @@ def adam_stationarity(param: Tensor, grad: Tensor, state: State, settings: Setti
 
 
 def pull_adam(
-    param: Tensor, grad: Tensor, state: State, settings: Settings, adj_param: Tensor, adj_state: Mapping[str, Tensor]
+    param: Tensor,
+    grad: Tensor,
+    state: RuleState,
+    settings: Settings,
+    adj_param: Tensor,
+    adj_state: Mapping[str, Tensor],
 ) -> Pulled | None:
-    """The vector-Jacobian product of :func:`adam` where neither ``betas`` nor ``eps`` is tuned, without AMSGrad."""
+    """The vector-Jacobian product of :func:`adam` where neither ``betas`` nor ``eps`` is tuned, without
+    AMSGrad."""
     lr, (beta1, beta2), weight_decay = settings["lr"], settings["betas"], settings["weight_decay"]
     if settings["amsgrad"] or any(isinstance(value, Tensor) for value in (beta1, beta2, settings["eps"])):
         return None
@@ -89,11 +102,18 @@ def pull_adam(
     denominator = torch.add(beside(settings["eps"], root), root, alpha=1 / bias_correction2)
     ratio, step_size = exp_avg / denominator, lr / (1 - beta1**step)
     scaled = adj_param / denominator  # the adjoint of the ratio is -step_size times this
-    adj_avg = add_scaled(adj_state["exp_avg"], scaled, -step_size) if "exp_avg" in adj_state else scaled * -step_size
-    # d denominator / d exp_avg_sq = 1 / (2 root bias_correction2), taken as 0 where the root is 0: see autodiff.sqrt.
+    adj_avg = (
+        add_scaled(adj_state["exp_avg"], scaled, -step_size)
+        if "exp_avg" in adj_state
+        else scaled * -step_size
+    )
+    # d denominator / d exp_avg_sq = 1 / (2 root bias_correction2), taken as 0 where the root is 0: see
+    # autodiff.sqrt.
     slope = root.reciprocal_().nan_to_num_(nan=math.nan, posinf=0.0)
     adj_sq = add_scaled(
-        adj_state.get("exp_avg_sq", beside(0.0, slope)), slope.mul_(ratio).mul_(scaled), step_size / (2 * bias_correction2)
+        adj_state.get("exp_avg_sq", beside(0.0, slope)),
+        slope.mul_(ratio).mul_(scaled),
+        step_size / (2 * bias_correction2),
     )
     adj_grad = torch.addcmul(adj_avg * (1 - beta1), adj_sq, decayed_grad, value=2 * (1 - beta2))
     adj_before = {"exp_avg": adj_avg * beta1, "exp_avg_sq": adj_sq * beta2} if "exp_avg" in state else {}
@@ -107,7 +127,11 @@ def pull_adam(
         through = adj_param * -lr if decoupled else adj_grad
         adj_settings["weight_decay"] = adjoint_of(weight_decay, through, param)
     if is_on(weight_decay):
-        adj_param = adj_param * (1 - lr * weight_decay) if decoupled else add_scaled(adj_param, adj_grad, weight_decay)
+        adj_param = (
+            adj_param * (1 - lr * weight_decay)
+            if decoupled
+            else add_scaled(adj_param, adj_grad, weight_decay)
+        )
     return Pulled(adj_param, signed(adj_grad, settings), adj_before, adj_settings)
 
 
@@ -119,11 +143,11 @@ def pull_adam(
     preconditioner=adam_preconditioner,
     pull=pull_adam,
 )
-def adam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+def adam(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> tuple[Tensor, RuleState]:
     """Adam (Kingma and Ba 2015) with AMSGrad (Reddi et al. 2018)."""
     param, grad = decay(param, grad, settings)
     step, exp_avg, exp_avg_sq = moments(grad, state, settings)
-    new_state: State = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    new_state: RuleState = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     second_moment = exp_avg_sq
     if settings["amsgrad"]:
         second_moment = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(param)), exp_avg_sq)
@@ -132,13 +156,18 @@ def adam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple
     return addcdiv(param, exp_avg, preconditioner(second_moment, step, settings), -step_size), new_state
 
 
-def adamw_stationarity(param: Tensor, grad: Tensor, state: State, settings: Settings) -> Tensor:
+def adamw_stationarity(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> Tensor:
     """``F = g + (sqrt(v) + eps) * weight_decay * param``."""
     return adam_stationarity(param, grad, state, {**settings, "decoupled_weight_decay": True})
 
 
 def pull_adamw(
-    param: Tensor, grad: Tensor, state: State, settings: Settings, adj_param: Tensor, adj_state: Mapping[str, Tensor]
+    param: Tensor,
+    grad: Tensor,
+    state: RuleState,
+    settings: Settings,
+    adj_param: Tensor,
+    adj_state: Mapping[str, Tensor],
 ) -> Pulled | None:
     """The vector-Jacobian product of :func:`adamw`."""
     return pull_adam(param, grad, state, {**settings, "decoupled_weight_decay": True}, adj_param, adj_state)
@@ -152,7 +181,7 @@ def pull_adamw(
     preconditioner=adam_preconditioner,
     pull=pull_adamw,
 )
-def adamw(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+def adamw(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> tuple[Tensor, RuleState]:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
     return adam(param, grad, state, {**settings, "decoupled_weight_decay": True})
 
@@ -165,8 +194,9 @@ def nadam_momenta(step: int, settings: Settings) -> tuple[Tensor | float, Tensor
     return now, following
 
 
-def nadam_stationarity(param: Tensor, grad: Tensor, state: State, settings: Settings) -> Tensor:
-    """As Adam's, where D also holds the weights of gradient and momentum in one step at rest (``exp_avg = g``)."""
+def nadam_stationarity(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> Tensor:
+    """As Adam's, where D also holds the weights of gradient and momentum in one step at rest (``exp_avg =
+    g``)."""
     if not settings["decoupled_weight_decay"]:
         return l2_stationarity(param, grad, state, settings)
     mu, mu_next = nadam_momenta(state["step"], settings)
@@ -184,7 +214,7 @@ def nadam_stationarity(param: Tensor, grad: Tensor, state: State, settings: Sett
     scalars=("mu_product",),
     preconditioner=adam_preconditioner,
 )
-def nadam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+def nadam(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> tuple[Tensor, RuleState]:
     """Adam with Nesterov momentum (Dozat 2016)."""
     lr = settings["lr"]
     param, grad = decay(param, grad, settings)
@@ -199,7 +229,8 @@ def nadam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tupl
 
 
 def radam_factors(exp_avg_sq: Tensor, step: int, settings: Settings) -> tuple[Tensor | float, Tensor | float]:
-    """RAdam's factors on the step: the adaptive rate and its rectification, both 1 while the variance is untractable."""
+    """RAdam's factors on the step: the adaptive rate and its rectification, both 1 while the variance is
+    untractable."""
     beta2 = settings["betas"][1]
     bias_correction2 = 1 - beta2**step
     rho_inf = 2 / (1 - beta2) - 1
@@ -218,7 +249,7 @@ def radam_factors(exp_avg_sq: Tensor, step: int, settings: Settings) -> tuple[Te
     return adaptive, rect
 
 
-def radam_stationarity(param: Tensor, grad: Tensor, state: State, settings: Settings) -> Tensor:
+def radam_stationarity(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> Tensor:
     """As Adam's, with D the inverse of the rectified adaptive rate."""
     if not settings["decoupled_weight_decay"]:
         return l2_stationarity(param, grad, state, settings)
@@ -233,7 +264,7 @@ def radam_stationarity(param: Tensor, grad: Tensor, state: State, settings: Sett
     moves_optimum=("weight_decay",),
     preconditioner=adam_preconditioner,
 )
-def radam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+def radam(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> tuple[Tensor, RuleState]:
     """Adam with rectified variance (Liu et al. 2020)."""
     param, grad = decay(param, grad, settings)
     step, exp_avg, exp_avg_sq = moments(grad, state, settings)
@@ -250,7 +281,7 @@ def radam(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tupl
     moves_optimum=("weight_decay",),
     preconditioner=lambda state, settings: state["exp_inf"],
 )
-def adamax(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+def adamax(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> tuple[Tensor, RuleState]:
     """Adam with the infinity norm (Kingma and Ba 2015, section 7)."""
     beta1, beta2 = settings["betas"]
     step = state.get("step", 0) + 1
@@ -259,4 +290,8 @@ def adamax(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tup
     exp_avg = lerp(state.get("exp_avg", zeros), grad, 1 - beta1)
     exp_inf = torch.maximum(state.get("exp_inf", zeros) * beta2, grad.abs() + settings["eps"])
     step_size = settings["lr"] / (1 - beta1**step)
-    return addcdiv(param, exp_avg, exp_inf, -step_size), {"step": step, "exp_avg": exp_avg, "exp_inf": exp_inf}
+    return addcdiv(param, exp_avg, exp_inf, -step_size), {
+        "step": step,
+        "exp_avg": exp_avg,
+        "exp_inf": exp_inf,
+    }

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..autodiff import sqrt
+from ..ground.autodiff import sqrt
 from .base import (
     FRACTION,
     POSITIVE,
+    RuleState,
     Settings,
-    State,
     add_scaled,
     addcdiv,
     addcmul,
@@ -35,7 +35,7 @@ from .base import (
     moves_optimum=("weight_decay",),
     preconditioner=lambda state, settings: sqrt(state["sum"]) + settings["eps"],
 )
-def adagrad(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+def adagrad(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> tuple[Tensor, RuleState]:
     """Adagrad (Duchi, Hazan and Singer 2011)."""
     step = state.get("step", 0) + 1
     grad = decayed(grad, param, settings)
@@ -54,7 +54,7 @@ def adagrad(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tu
     moves_optimum=("weight_decay",),
     preconditioner=lambda state, settings: sqrt(state["square_avg"] + settings["eps"]),
 )
-def adadelta(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+def adadelta(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> tuple[Tensor, RuleState]:
     """Adadelta (Zeiler 2012)."""
     rho, eps = settings["rho"], settings["eps"]
     grad = decayed(grad, param, settings)
@@ -67,7 +67,7 @@ def adadelta(param: Tensor, grad: Tensor, state: State, settings: Settings) -> t
     return add_scaled(param, delta, -settings["lr"]), new_state
 
 
-def rmsprop_preconditioner(state: State, settings: Settings) -> Tensor:
+def rmsprop_preconditioner(state: RuleState, settings: Settings) -> Tensor:
     """``sqrt(v) + eps``, where v of the centered form is the variance."""
     second_moment = state["square_avg"]
     if settings["centered"]:
@@ -82,13 +82,13 @@ def rmsprop_preconditioner(state: State, settings: Settings) -> Tensor:
     moves_optimum=("weight_decay",),
     preconditioner=rmsprop_preconditioner,
 )
-def rmsprop(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+def rmsprop(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> tuple[Tensor, RuleState]:
     """RMSprop (Hinton 2012), also centered (Graves 2013) and with momentum."""
     lr, alpha, momentum = settings["lr"], settings["alpha"], settings["momentum"]
     grad = decayed(grad, param, settings)
     zeros = torch.zeros_like(param)
     square_avg = addcmul(state.get("square_avg", zeros) * alpha, grad, grad, 1 - alpha)
-    new_state: State = {"step": state.get("step", 0) + 1, "square_avg": square_avg}
+    new_state: RuleState = {"step": state.get("step", 0) + 1, "square_avg": square_avg}
     if settings["centered"]:
         grad_avg = lerp(state.get("grad_avg", zeros), grad, 1 - alpha)
         new_state["grad_avg"] = grad_avg

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .base import Settings, State, UpdateRule
+from .base import RuleState, Settings, UpdateRule
 
 
 def higher_rule(optimizer: Optimizer) -> UpdateRule | None:
     """The rule that calls ``optimizer``'s counterpart in ``higher``, or None if none is registered.
 
-    Every setting that is a float, or one in a tuple, may be tuned. The rule is as right as the registered optimizer. It
-    runs on one parameter at a time and states no stationarity, so it is for unrolled and forward mode.
+    Every setting that is a float, or one in a tuple, may be tuned. The rule is as right as the registered
+    optimizer. It runs on one parameter at a time and states no stationarity, so it is for unrolled and
+    forward mode.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # higher's own deprecations are not the user's concern
@@ -30,7 +31,7 @@ def higher_rule(optimizer: Optimizer) -> UpdateRule | None:
         except ValueError:
             return None
 
-    def update(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+    def update(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> tuple[Tensor, RuleState]:
         counterpart.state = [{0: dict(state)}]
         counterpart.param_groups = [{**settings, "params": [param]}]
         counterpart._update([[grad]])
@@ -42,7 +43,12 @@ def higher_rule(optimizer: Optimizer) -> UpdateRule | None:
     scalars: list[str] = []  # known only when a step has shown them, or a state that is there already
     for p in parameters:
         scalars.extend(_scalars(optimizer.state.get(p, {}), p, known=scalars))
-    names = [name for group in optimizer.param_groups for key, value in group.items() for name in _floats(key, value)]
+    names = [
+        name
+        for group in optimizer.param_groups
+        for key, value in group.items()
+        for name in _floats(key, value)
+    ]
     return UpdateRule(update, dict.fromkeys(names, (-math.inf, math.inf)), elementwise=False, scalars=scalars)
 
 
@@ -56,7 +62,9 @@ def _floats(key: str, value: Any) -> list[str]:
 def _tensor(key: str, value: Any) -> Any:
     """A number in a state as a tensor; ``"step"`` stays what it is."""
     is_number = isinstance(value, (bool, int, float)) and key != "step"
-    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None) if is_number else value
+    return (
+        torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None) if is_number else value
+    )
 
 
 def _scalars(state: Mapping[str, Any], param: Tensor, known: Sequence[str]) -> list[str]:

@@ -7,16 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-from .base import FRACTION, POSITIVE, Settings, State, add_scaled, beside, lerp, register_update
+from .base import FRACTION, POSITIVE, RuleState, Settings, add_scaled, beside, lerp, register_update
 
 NEWTON_SCHULZ_DTYPE = torch.bfloat16
-"""torch.optim.Muon orthogonalizes in bfloat16, whatever the parameters are: derivatives have that precision too."""
+"""torch.optim.Muon orthogonalizes in bfloat16, whatever the parameters are: derivatives have that precision
+too."""
 
 ANY = (-math.inf, math.inf)
 
 
 def of_matrix(setting: float | Tensor) -> float | Tensor:
-    """A setting that is one number for the whole matrix; tuned per tensor it comes repeated for each entry."""
+    """A setting that is one number for the whole matrix; tuned per tensor it comes repeated for each
+    entry."""
     return setting.reshape(-1)[0] if isinstance(setting, Tensor) else setting
 
 
@@ -55,7 +57,7 @@ def lr_ratio(shape: torch.Size, settings: Settings) -> float:
             raise ValueError(f"adjust_lr_fn={other!r} has no update rule.")
 
 
-def muon(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+def muon(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> tuple[Tensor, RuleState]:
     """Momentum orthogonalized by Newton-Schulz (Jordan et al. 2024)."""
     lr, momentum = settings["lr"], settings["momentum"]
     buffer = lerp(state.get("momentum_buffer", torch.zeros_like(grad)), grad, 1 - momentum)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import POSITIVE, Settings, State, addcmul, beside, register_update, signed
+from .base import POSITIVE, RuleState, Settings, addcmul, beside, register_update, signed
 
 
 @register_update(
@@ -19,7 +19,7 @@ from .base import POSITIVE, Settings, State, addcmul, beside, register_update, s
     },
     stationarity=lambda param, grad, state, settings: signed(grad, settings),
 )
-def rprop(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+def rprop(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> tuple[Tensor, RuleState]:
     """Resilient backpropagation (Riedmiller and Braun 1993): only the signs of the gradient count."""
     numbers = (*settings["etas"], *settings["step_sizes"])
     shrink, grow, smallest, largest = (beside(s, param) for s in numbers)

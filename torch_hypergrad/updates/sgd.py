@@ -10,8 +10,8 @@ from torch import Tensor
 from .base import (
     POSITIVE,
     Pulled,
+    RuleState,
     Settings,
-    State,
     add_scaled,
     add_scaled_,
     adjoint_of,
@@ -25,7 +25,7 @@ from .base import (
 )
 
 
-def direction(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+def direction(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> tuple[Tensor, RuleState]:
     """What is subtracted from the parameters, ``lr`` times, and the state."""
     momentum = settings["momentum"]
     grad = decayed(grad, param, settings)
@@ -47,7 +47,12 @@ def direction(param: Tensor, grad: Tensor, state: State, settings: Settings) -> 
 
 
 def pull_sgd(
-    param: Tensor, grad: Tensor, state: State, settings: Settings, adj_param: Tensor, adj_state: Mapping[str, Tensor]
+    param: Tensor,
+    grad: Tensor,
+    state: RuleState,
+    settings: Settings,
+    adj_param: Tensor,
+    adj_state: Mapping[str, Tensor],
 ) -> Pulled | None:
     """The vector-Jacobian product of :func:`sgd` without Nesterov's momentum."""
     lr, momentum, weight_decay = settings["lr"], settings["momentum"], settings["weight_decay"]
@@ -79,13 +84,13 @@ def pull_sgd(
     moves_optimum=("weight_decay",),
     pull=pull_sgd,
 )
-def sgd(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+def sgd(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> tuple[Tensor, RuleState]:
     """Stochastic gradient descent (Robbins and Monro 1951) with momentum (Polyak 1964, Nesterov 1983)."""
     step, state = direction(param, grad, state, settings)
     return add_scaled(param, step, -settings["lr"]), state
 
 
-def asgd_stationarity(param: Tensor, grad: Tensor, state: State, settings: Settings) -> Tensor:
+def asgd_stationarity(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> Tensor:
     """``F = g + (weight_decay + lambd) * param``: ASGD has two decays."""
     return add_scaled(decayed(grad, param, settings), param, settings["lambd"])
 
@@ -97,8 +102,9 @@ def asgd_stationarity(param: Tensor, grad: Tensor, state: State, settings: Setti
     moves_optimum=("weight_decay", "lambd"),
     scalars=("eta", "mu"),
 )
-def asgd(param: Tensor, grad: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
-    """Averaged SGD (Polyak and Juditsky 1992). ``t0`` moves the average ``ax`` alone, never the parameters."""
+def asgd(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> tuple[Tensor, RuleState]:
+    """Averaged SGD (Polyak and Juditsky 1992). ``t0`` moves the average ``ax`` alone, never the
+    parameters."""
     lr, lambd = settings["lr"], settings["lambd"]
     step = state.get("step", 0) + 1
     grad = decayed(grad, param, settings)

@@ -1,0 +1,45 @@
+"""What a history is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+from ..step.second_order import Way
+from ..step.state import State, Step
+from ..step.transition import Linearization
+
+
+class History(ABC):
+    """The training steps since the last hyper step, kept so that one can go back over them."""
+
+    @abstractmethod
+    def take(self, step: Step, state: State) -> tuple[Step, State]:
+        """Takes a step from ``state``, the current one, and keeps what is needed of it: the step with what
+        came out of it, and the state after it."""
+
+    @abstractmethod
+    def steps(self) -> Iterator[Step]:
+        """The steps that count, first step first; without batches where these were moved away."""
+
+    @abstractmethod
+    def backward(self, way: Way, *, with_buffers: bool) -> Iterator[Linearization]:
+        """The derivative of each step that counts, last step first.
+
+        Args:
+            way: how gradients are traced where no graph was kept.
+            with_buffers: whether derivatives go through buffers.
+        """
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forgets every step."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but graphs, as plain containers of tensors."""
+
+    @abstractmethod
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave."""

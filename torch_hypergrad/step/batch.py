@@ -1,0 +1,113 @@
+"""Batches as they are recorded: by reference, in containers of their own, and watched."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ..device import readings
+
+Seen: TypeAlias = tuple[tuple[int, int, int], ...]
+"""For each tensor or array of a batch: which one it is, its version counter, and a checksum of its values
+where these can be written to without a trace, as memory shared with numpy can."""
+
+MAX_DEPTH = 5
+"""Of objects in objects of no known kind that are looked into."""
+
+NUM_SUMS = 16
+"""Of a checksum: sums of so many stretches, so that two examples that change places show."""
+
+
+def recorded(batch: Any) -> Any:
+    """The batch with the same tensors in containers of its own, which nobody else fills anew."""
+    if isinstance(batch, Tensor) or (
+        type(batch) is tuple and all(isinstance(part, Tensor) for part in batch)
+    ):
+        return batch
+    leaves, spec = tree_flatten(batch)
+    return tree_unflatten([_own(leaf) for leaf in leaves], spec)
+
+
+def _own(thing: Any) -> Any:
+    """The same for what torch does not know as a container: dataclasses, and mappings and lists of other
+    classes."""
+    if isinstance(thing, Tensor) or not (
+        isinstance(thing, (Mapping, list))
+        or (dataclasses.is_dataclass(thing) and not isinstance(thing, type))
+    ):
+        return thing
+    try:
+        own = copy.copy(thing)
+        for key, value in _items(own):
+            inner = recorded(value)
+            if inner is value:
+                continue
+            if isinstance(own, (Mapping, list)):
+                own[key] = inner  # type: ignore[index]
+            else:
+                object.__setattr__(own, key, inner)
+    except (TypeError, AttributeError):
+        return thing  # its tensors are watched all the same
+    return own
+
+
+def _items(thing: Any) -> list[tuple[Any, Any]]:
+    """What is in a container or an object, by key, position or name."""
+    if isinstance(thing, Mapping):
+        return list(thing.items())
+    if isinstance(thing, (list, tuple)):
+        return list(enumerate(thing))
+    slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
+    named = {name: getattr(thing, name) for name in slots if hasattr(thing, name)}
+    return list({**named, **getattr(thing, "__dict__", {})}.items())
+
+
+def _tensors(thing: Any, depth: int = 0) -> Iterator[Tensor | np.ndarray]:
+    """Every tensor and array, wherever it is."""
+    if isinstance(thing, (Tensor, np.ndarray)):
+        yield thing
+    elif depth < MAX_DEPTH and not isinstance(
+        thing, (str, bytes, int, float, type, torch.nn.Module, type(None))
+    ):
+        for _, value in _items(thing):
+            yield from _tensors(value, depth + 1)
+
+
+def seen(batch: Any) -> Seen:
+    """What the tensors of the batch are like now."""
+    return tuple(_look(found) for leaf in tree_leaves(batch) for found in _tensors(leaf))
+
+
+def seen_again(batch: Any, before: Seen) -> Seen:
+    """The same for a batch whose tensors were brought back from elsewhere: those that stayed are as they were
+    seen before."""
+    moved = {id(leaf) for leaf in tree_leaves(batch)}
+    now = seen(batch)
+    return (
+        tuple(n if n[0] in moved else b for n, b in zip(now, before)) if len(now) == len(before) else before
+    )
+
+
+def _look(found: Tensor | np.ndarray) -> tuple[int, int, int]:
+    if isinstance(found, np.ndarray):
+        return id(found), 0, zlib.crc32(np.ascontiguousarray(found).data if found.dtype != object else b"")
+    version = 0 if found.is_inference() else found._version
+    return id(found), version, _checksum(found) if readings.at_once(found) else 0
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Of sums, which cost a pass over memory and nothing more."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.numel():
+        return 0
+    flat = tensor.detach().reshape(-1)
+    size = len(flat) // NUM_SUMS * NUM_SUMS
+    sums = torch.cat([flat[:size].view(NUM_SUMS, -1).sum(1), flat[size:].sum()[None]])
+    return zlib.crc32((torch.view_as_real(sums) if sums.is_complex() else sums.double()).numpy().tobytes())

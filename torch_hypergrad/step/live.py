@@ -1,0 +1,171 @@
+"""The model and the wrapped optimizer, as they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import recorded, seen
+from .live_model import LiveModel
+from .live_optimizer import LiveOptimizer
+from .state import Part, PerParameter, State, Step
+
+
+class Live:
+    """What a state is read from and written to.
+
+    Args:
+        keeps_graphs: graphs made inside :meth:`at` outlive the step, so that writing may not look like a
+            change to autograd.
+    """
+
+    def __init__(self, model: LiveModel, optimizer: LiveOptimizer, *, keeps_graphs: bool) -> None:
+        self.model, self.optimizer, self._keeps_graphs = model, optimizer, keeps_graphs
+        self.params = model.params
+        self._settings: tuple[dict[str, Any], ...] = ()
+        self._written: State | None = None
+        self._standing: State | None = None
+
+    def state(self) -> State:
+        """The current state; what has changed since the last :meth:`write` is copied, the rest is shared."""
+        held, written = self.optimizer, self._written
+        if held.replaced():
+            held.adopt()
+        unchanged = (
+            written is not None
+            and tuple(part.bucket for part in written.parts) == held.buckets
+            and self.model.holds(written.parts)
+        )
+        params = (
+            written.params  # type: ignore[union-attr]
+            if unchanged
+            else [bucket.gather([p.detach() for p in self.params]) for bucket in held.buckets]
+        )
+        return State(tuple(map(Part, held.buckets, params, held.rule_states)), self.model.buffers())
+
+    @contextmanager
+    def at(
+        self, state: State, moved_by: tuple[PerParameter, Tensor] | None = None, *, with_buffers: bool = True
+    ) -> Iterator[None]:
+        """Inside, the parameters are ``state``'s own memory, and the buffers have its values.
+
+        Next to nothing is copied, and graphs made here stay valid when training goes on: they are gone back
+        through inside another such block. Parameters must not be written to.
+
+        Args:
+            moved_by: a direction, one tensor for each parameter (None: zeros), and how far to go along it.
+            with_buffers: if not, the buffers are left as they are.
+        """
+        if state is self._standing and moved_by is None:
+            if with_buffers and state.buffers is not None:
+                self.model.set_buffers(state.buffers)
+            yield
+            return
+        values = state.per_parameter(len(self.params))
+        if moved_by is not None:
+            direction, distance = moved_by
+            values = [
+                p if v is None else torch.addcmul(p, v, distance.to(v))  # type: ignore[arg-type]
+                for p, v in zip(values, direction)
+            ]
+        before = self.model.point_to(values)  # type: ignore[arg-type]
+        try:
+            if with_buffers and state.buffers is not None:
+                self.model.set_buffers(state.buffers)
+            yield
+        finally:
+            self.model.point_back(before)
+
+    @contextmanager
+    def standing(self, state: State) -> Iterator[None]:
+        """Inside, the parameters are those of ``state`` and nobody writes to them: to be :meth:`at` it,
+        nothing has to be pointed elsewhere."""
+        self._standing = state
+        try:
+            yield
+        finally:
+            self._standing = None
+
+    def load(self, state: State) -> None:
+        """Puts parameters and buffers into the model."""
+        self.model.write_params(state.parts, counted=not self._keeps_graphs)
+        if state.buffers is not None:
+            self.model.set_buffers(state.buffers)
+
+    def write(self, state: State) -> None:
+        """Puts parameters into the model, and the rule's states into the optimizer in torch's own format."""
+        self.model.write_params(state.parts, counted=not self._keeps_graphs)
+        self.optimizer.write(state.parts)
+        self.model.mark_written()
+        self._written = state
+
+    def reset(self, state: State) -> None:
+        """Makes ``state`` the current one, whatever was there before."""
+        self.load(state)
+        self.optimizer.reset(state.parts)
+        self.model.mark_written()
+
+    def forget(self) -> None:
+        """The parameters will be written to by the optimizer itself."""
+        self._written = None
+
+    def changed(self) -> str | None:
+        """What somebody else has written to since the last :meth:`write`, or None."""
+        name = self.model.changed()
+        if name is not None:
+            return f"the parameter {name!r}"
+        return "the optimizer's state" if self.optimizer.replaced() else None
+
+    @contextmanager
+    def undone_on_error(self, step: Step, buffers: Sequence[Tensor | None] | None) -> Iterator[None]:
+        """Puts buffers (None: as they are now), modes and random number generators back if ``step``, just
+        begun, fails."""
+        buffers = self.model.buffers() if buffers is None else buffers
+        try:
+            yield
+        except BaseException:
+            self.model.set_buffers(buffers)
+            self.model.set_surroundings(step.surroundings)
+            raise
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Restores parameters, buffers, modes and random number generators at the end."""
+        state, surroundings = self.state(), self.model.surroundings()
+        try:
+            yield
+        finally:
+            self.load(state)
+            self.model.set_surroundings(surroundings)
+            self.model.mark_written()
+
+    def begin(self, number: int, batch: Any, tampered: Tensor | None) -> Step:
+        """A step about to be taken.
+
+        Raises:
+            ValueError: if the optimizer has other parameters than when it was wrapped.
+        """
+        groups = self.optimizer.optimizer.param_groups
+        held = [p for group in groups for p in group["params"]]
+        if len(held) != len(self.params) or any(a is not b for a, b in zip(held, self.params)):
+            raise ValueError(
+                "The optimizer's param groups hold other parameters than when it was wrapped: a group or "
+                "parameter was added or replaced after the HyperOptimizer was made, and would not be "
+                "trained. Make a new HyperOptimizer, or change the model before."
+            )
+        settings = tuple({k: _plain(v) for k, v in g.items() if k != "params"} for g in groups)
+        if settings != self._settings:
+            self._settings = settings
+        own = recorded(batch)
+        return Step(
+            number, own, seen(own), self.model.surroundings(), self._settings, given=batch, tampered=tampered
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A setting that cannot change later: torch takes ``lr`` as a tensor, which schedulers write in place."""
+    return float(value) if isinstance(value, Tensor) and value.numel() == 1 else value

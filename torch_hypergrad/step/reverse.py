@@ -1,0 +1,126 @@
+"""Double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from ..ground import autodiff
+from .gradient import Evaluation, GradientStage
+from .state import Buffers, PerParameter, State, Step
+from .traced import Products, TracedGradient
+
+
+class Reverse(TracedGradient):
+    """Double backward: the gradient's own graph, gone through in reverse. Exact.
+
+    Args:
+        step: None takes ``batch`` with the model and its surroundings as they stand, as what is recorded
+            does.
+        with_buffers: trace the buffers.
+        known: of no use.
+        is_taken: the step is being taken, and not taken again: buffers are where they should be.
+        is_kept: the graph outlives the step, and is gone back through when buffers have moved on.
+    """
+
+    def __init__(
+        self,
+        stage: GradientStage,
+        step: Step | None,
+        state: State | None,
+        *,
+        with_buffers: bool = False,
+        known: Evaluation | None = None,
+        is_taken: bool = False,
+        is_kept: bool = False,
+        batch: Any = None,
+    ) -> None:
+        self._stage, self._step, self._state, self._is_kept = stage, step, state, is_kept
+        with nullcontext() if state is None else stage.live.at(state, with_buffers=not is_taken):
+            self._trace = trace = stage.running.trace(
+                buffers=with_buffers, padding=True, check=step is not None
+            )
+            if step is None:
+                found = stage.evaluate(batch, create_graph=True, trace=trace)
+            else:
+                found = stage.revisit(step, create_graph=True, trace=trace)
+            self.loss, self.grads = found.loss, stage.transform(found)
+
+    @contextmanager
+    def _going_back(self) -> Iterator[None]:
+        """Where the graph is gone through: parts of it may be computed again (checkpointing), as they
+        were."""
+        live = self._stage.live
+        if self._step is not None:
+            live.model.set_modes(self._step.surroundings)
+        there = nullcontext() if self._state is None else live.at(self._state, with_buffers=self._is_kept)
+        with there, self._stage.kernels(twice_differentiable=True), self._trace.hooked():
+            yield
+
+    def _pulled(
+        self,
+        v: PerParameter,
+        inputs: Sequence[Tensor],
+        adj_buffers: Buffers | None = None,
+        *,
+        again: bool = True,
+    ) -> list[Tensor | None]:
+        trace = self._trace
+        outputs, adjoints = [*self.grads, *trace.after.values()], [*v, *trace.at(adj_buffers)]
+        with self._going_back():
+            return autodiff.pulled(outputs, adjoints, inputs, retain_graph=again or None)
+
+    def pull(self, adj_grads: PerParameter, adj_buffers: Buffers | None = None) -> Products:
+        params, tensors, trace = self._active(), self._stage.tensors, self._trace
+        found = iter(self._pulled(adj_grads, [*params, *tensors, *trace.leaves], adj_buffers, again=False))
+        products = self._spread(found)
+        mixed = [next(found) for _ in tensors]
+        buffers = None if adj_buffers is None else trace.placed([next(found) for _ in trace.before])
+        trace.add_rows(products, list(found)[-len(trace.pads) :] if trace.pads else [])
+        return Products(products, mixed, buffers)
+
+    def product(self, v: PerParameter) -> list[Tensor | None]:
+        found = iter(self._pulled(v, [*self._active(), *self._trace.leaves]))
+        products = self._spread(found)
+        self._trace.add_rows(products, list(found)[len(self._trace.before) :])
+        return products
+
+    def mixed(self, v: PerParameter) -> list[Tensor | None]:
+        return self._pulled(v, self._stage.tensors)
+
+    def pusher(
+        self,
+    ) -> Callable[[PerParameter, Sequence[Tensor | None], Buffers | None], tuple[list, Buffers]]:
+        """From tangents of parameters, tuned tensors and buffers to those of the gradient and of the buffers
+        after the loss, exactly."""
+        trace, active = self._trace, [i for i, g in enumerate(self.grads) if g is not None]
+        outputs = [*(self.grads[i] for i in active), *trace.after.values()]
+        inputs = [*self._active(), *self._stage.tensors, *trace.leaves]
+        with self._going_back():
+            push = autodiff.linearized(outputs, inputs)  # type: ignore[arg-type]
+
+        def push_all(
+            params: PerParameter, tensors: Sequence[Tensor | None], buffers: Buffers | None
+        ) -> tuple:
+            tangents = [
+                *(params[i] for i in active),
+                *tensors,
+                *trace.at(buffers),
+                *trace.row_tangents(params),
+            ]
+            with self._going_back():
+                found = push(tangents)
+            grads = dict(zip(active, found))
+            return [grads.get(i) for i in range(len(self.grads))], trace.placed(found[len(active) :])
+
+        return push_all
+
+    def _active(self) -> list[Tensor]:
+        return [p for p, g in zip(self._stage.live.params, self.grads) if g is not None]
+
+    def _spread(self, found: Iterator[Tensor | None]) -> list[Tensor | None]:
+        """One entry for each parameter from one for each active parameter."""
+        return [None if g is None else next(found) for g in self.grads]

@@ -1,0 +1,144 @@
+"""The validation loss, over one batch or several, and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ground import autodiff
+from ..tune.hypergradient import Hypergradient
+from ..tune.hyperparameter_set import HyperparameterSet
+from .gradient import check_loss
+from .live import Live
+from .running import RunningBuffers
+from .state import Buffers, State
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The validation loss at one state.
+
+    Args:
+        loss: a scalar without graph.
+        grads: its gradient for each parameter of the optimizer; None where it does not depend on one.
+        direct: its own gradient for each tuned tensor of the training loss.
+        buffers: its gradient for each buffer; None where it reads none that moves with the weights.
+    """
+
+    loss: Tensor
+    grads: list[Tensor | None]
+    direct: list[Tensor | None]
+    buffers: Buffers | None
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Validation batches.
+
+    Args:
+        batches: what the loss is called with, one after the other.
+        sizes: the weight of each in the mean; None for one each.
+    """
+
+    batches: Iterable[Any]
+    sizes: Sequence[float] | None = None
+
+    def weighted(self) -> Iterable[tuple[Any, float]]:
+        """Each batch with its weight.
+
+        Raises:
+            ValueError: if there is none, or another number of weights.
+        """
+        number = 0
+        for number, batch in enumerate(self.batches, start=1):
+            if self.sizes is not None and number > len(self.sizes):
+                break
+            yield batch, 1.0 if self.sizes is None else float(self.sizes[number - 1])
+        if number == 0:
+            raise ValueError(
+                "batches is empty: there is no validation loss. A loader that was gone through, or a "
+                "generator, has nothing left: pass the loader itself or a list."
+            )
+        if self.sizes is not None and number != len(self.sizes):
+            more = "more" if number > len(self.sizes) else number
+            raise ValueError(
+                f"sizes has {len(self.sizes)} entries, and batches has {more}. Pass the size of each batch, "
+                "in order, or leave sizes out to give each batch the same weight."
+            )
+
+
+class Objective:
+    """The user's validation loss."""
+
+    def __init__(
+        self,
+        live: Live,
+        val_loss: Callable[[nn.Module, Any], Tensor],
+        hyperparameters: HyperparameterSet,
+        running: RunningBuffers,
+    ) -> None:
+        self._live, self.loss, self._running = live, val_loss, running
+        self._hyperparameters = hyperparameters
+
+    def at(self, batches: Batches, state: State | None = None) -> Validation:
+        """The mean over the batches at a state; None for the current one. Buffers and random number
+        generators move as the loss moves them."""
+        total: Validation | None = None
+        weights = 0.0
+        with nullcontext() if state is None else self._live.at(state):
+            for batch, weight in batches.weighted():
+                found = self._of(batch)
+                weights += weight
+                total = found if total is None and weight == 1.0 else _added(total, found, weight)
+        assert total is not None
+        return total if weights == 1.0 else _scaled(total, 1 / weights)
+
+    def add_direct(self, validation: Validation, into: Hypergradient) -> None:
+        """Adds the loss's own dependence on the tuned tensors."""
+        for tuned, part in zip(self._hyperparameters.tensors, validation.direct):
+            into.add_direct(tuned, part)
+
+    def _of(self, batch: Any) -> Validation:
+        live, tensors = self._live, self._hyperparameters.loss_tensors
+        trace = self._running.trace(buffers=True, padding=True)
+        with torch.enable_grad(), trace.hooked():
+            with live.model.casting():
+                loss = self.loss(live.model.model, batch)
+            check_loss(loss, "val_loss")
+            trace.computed()
+            trainable = [p for p in live.params if p.requires_grad]
+            found = iter(autodiff.gradients([loss], [*trainable, *tensors, *trace.leaves]))
+            trace.end()
+            grads = [next(found) if p.requires_grad else None for p in live.params]
+        direct = [next(found) for _ in tensors]
+        buffers = trace.placed([next(found) for _ in trace.before])
+        trace.add_rows(grads, list(found))
+        return Validation(
+            loss.detach(), grads, direct, buffers if any(b is not None for b in buffers) else None
+        )
+
+
+def _added(total: Validation | None, found: Validation, weight: float) -> Validation:
+    scaled = _scaled(found, weight)
+    if total is None:
+        return scaled
+    buffers = [b for b in (total.buffers, scaled.buffers) if b is not None]
+    return Validation(
+        total.loss + scaled.loss,
+        autodiff.add_lists([total.grads, scaled.grads]),
+        autodiff.add_lists([total.direct, scaled.direct]),
+        tuple(autodiff.add_lists(buffers)) if buffers else None,
+    )
+
+
+def _scaled(validation: Validation, factor: float) -> Validation:
+    def times(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
+        return [None if t is None else t * factor for t in tensors]
+
+    buffers = None if validation.buffers is None else tuple(times(validation.buffers))
+    return Validation(validation.loss * factor, times(validation.grads), times(validation.direct), buffers)

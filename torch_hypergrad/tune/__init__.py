@@ -1,0 +1,1 @@
+"""What is tuned: as a user writes it down, its values, and its hypergradient."""
