@@ -36,9 +36,5 @@ setup(
         "jinja2>=3.1",
         "filelock>=3.12",
     ],
-    extras_require={
-        "test": test,
-        "bench": bench,
-        "dev": [*test, *bench, "ruff>=0.6", "mypy>=1.11"],
-    },
+    extras_require={"test": test, "bench": bench, "dev": [*test, *bench, "ruff>=0.6", "mypy>=1.11"]},
 )

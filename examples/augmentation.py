@@ -1,31 +1,31 @@
-"""An augmentation network, tuned so that training on its images does well on validation images from another camera.
+"""An augmentation network, tuned so that training on its images does well on those of another camera.
 
-As in Lorraine, Vicol and Duvenaud 2020: a small convolutional network takes an image and a channel of noise and gives
-another image; it begins as the identity. Training images are clean. Validation and test images come from another camera, of
-half the contrast, with grey for black and with noise. Every 20 training steps the implicit hypergradient of the validation
-loss moves the augmentation network's weights. The rivals train without augmentation, with Gaussian noise (the best strength
-of a grid, by validation loss), and on training and validation images together, without and with that noise.
+As in Lorraine, Vicol and Duvenaud 2020: a small convolutional network takes an image and a channel of noise
+and gives another image; it begins as the identity. Training images are clean. Validation and test images
+come from another camera, of half the contrast, with grey for black and with noise. Every 20 training steps
+the implicit hypergradient of the validation loss moves the augmentation network's weights. The rivals train
+without augmentation, with Gaussian noise (the best strength of a grid, by validation loss), and on training
+and validation images together, without and with that noise.
 
     python examples/augmentation.py
     python examples/augmentation.py --dataset mnist --data-root data --download
 
-It prints a table and draws what has been learned; a minute on scikit-learn's digits. What to expect: better than no
-augmentation and than noise, and behind training on both sets with noise. Much longer tuning makes the images worse again.
+It prints a table and draws what has been learned; a minute on scikit-learn's digits. Expect more than from
+no augmentation or noise, less than from both sets with noise. Much longer tuning makes images worse again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from command_line import option_parser, parse, scores, table
-from common import Batch, Data, joined, load_data, loss_of, make_mlp, plain_step
+from command_line import option_parser, parse, saved, scores, table
+from common import Batch, Data, joined, load_data, loss_of, loss_value, make_mlp, plain_step
 from torch_hypergrad import HyperOptimizer, Implicit, Neumann
 
 SIZES = {"digits": (500, 200), "mnist": (1000, 500)}
@@ -68,7 +68,7 @@ def make(batch: Batch, seed: int) -> tuple[nn.Module, torch.optim.SGD]:
 
 
 def learn_augmentation(data: Data, num_steps: int, seed: int) -> tuple[nn.Module, nn.Module]:
-    """All of the tuning: the trained network and the augmentation network. Its noise is replayed by the engine."""
+    """All of the tuning: the trained and the augmentation network, whose noise the engine replays."""
     model, optimizer = make(data.train, seed)
     augmentation = Augmentation()
 
@@ -103,7 +103,7 @@ def train(batch: Batch, num_steps: int, seed: int, noise: float = 0.0) -> nn.Mod
 
 def compare(data: Data, num_steps: int, seed: int) -> tuple[dict[str, nn.Module], nn.Module]:
     noisy = {strength: train(data.train, num_steps, seed, strength) for strength in STRENGTHS}
-    best = min(noisy, key=lambda strength: loss_of(noisy[strength], data.val).item())
+    best = min(noisy, key=lambda strength: loss_value(noisy[strength], data.val))
     both = joined(data.train, data.val)
     learned, augmentation = learn_augmentation(data, num_steps, seed)
     models = {
@@ -117,31 +117,30 @@ def compare(data: Data, num_steps: int, seed: int) -> tuple[dict[str, nn.Module]
 
 
 @torch.no_grad()
-def draw(data: Data, augmentation: nn.Module, path: Path) -> None:
+def draw(data: Data, augmentation: nn.Module) -> Figure:
     images = data.train[0][:NUM_SHOWN]
-    rows = {"training": images, "augmented": augmentation(images), "again": augmentation(images), "validation": data.val[0]}
+    names = ("training", "augmented", "again", "validation")
+    rows = (images, augmentation(images), augmentation(images), data.val[0])
     figure = Figure(figsize=(10, 5), layout="constrained")
-    for (name, of_row), panels in zip(rows.items(), figure.subplots(len(rows), NUM_SHOWN)):
-        for image, panel in zip(of_row, panels):
+    for name, row, panels in zip(names, rows, figure.subplots(len(rows), NUM_SHOWN)):
+        for image, panel in zip(row, panels):
             panel.imshow(image.view(int(len(image) ** 0.5), -1).numpy(), cmap="gray", vmin=0, vmax=1)
             panel.set(xticks=[], yticks=[])
         panels[0].set_ylabel(name)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(option_parser(__doc__, "augmentation", steps=400, seeds=3), argv, SIZES, min_steps=WARMUP)
     of_seeds = [with_other_camera(data, seed) for seed, data in enumerate(load_data(args))]
     runs = [compare(data, args.steps, seed) for seed, data in enumerate(tqdm(of_seeds, unit="seed"))]
-    print(f"\n{args.dataset}: {args.train_size} clean training images, {args.val_size} validation images of another camera\n")
-    rows = []
-    for name in runs[0][0]:
-        models = [models[name] for models, _ in runs]
-        rows.append([name, *scores(models, [data.test for data in of_seeds])])
+    clean, other = f"{args.train_size} clean training images", f"{args.val_size} validation images"
+    print(f"\n{args.dataset}: {clean}, {other} of another camera\n")
+    tests = [data.test for data in of_seeds]
+    rows = [[name, *scores([models[name] for models, _ in runs], tests)] for name in runs[0][0]]
     print(table(["augmentation", "test accuracy (%)", "test loss"], rows))
-    args.out.mkdir(parents=True, exist_ok=True)
-    draw(of_seeds[0], runs[0][1], args.out / "augmented.png")
-    print(f"\nPicture of the first seed: {args.out / 'augmented.png'}")
+    picture = draw(of_seeds[0], runs[0][1])
+    print(f"\nPicture of the first seed: {saved(picture, args.out / 'augmented.png')}")
 
 
 if __name__ == "__main__":

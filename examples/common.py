@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,13 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
+def loss_value(model: nn.Module, batch: Batch) -> float:
+    """Infinite if training has diverged."""
+    loss = loss_of(model, batch).item()
+    return loss if math.isfinite(loss) else math.inf
+
+
+@torch.no_grad()
 def accuracy_of(model: nn.Module, batch: Batch) -> float:
     """In percent."""
     images, labels = batch
@@ -59,17 +67,27 @@ def random_batches(data: Batch, num_steps: int, batch_size: int, seed: int) -> I
         yield images[chosen], labels[chosen]
 
 
+def tuning_seeds(number: int) -> range:
+    """For training runs that choose something: the seeds of a comparison begin at 0."""
+    return range(1000, 1000 + number)
+
+
 def load_data(args: argparse.Namespace) -> list[Data]:
-    """For each seed, training and validation images at random; the test images are the rest, or MNIST's own."""
+    """For each seed, training and validation images at random;
+    the test images are the rest, or MNIST's own."""
     images, labels = read_mnist(args, train=True) if args.dataset == "mnist" else read_digits()
     mnist_test = read_mnist(args, train=False) if args.dataset == "mnist" else None
     num_used = args.train_size + args.val_size
     if num_used >= len(labels):
-        raise SystemExit(f"--train-size and --val-size ask for {num_used} images, and {args.dataset} has {len(labels)}.")
+        raise SystemExit(
+            f"--train-size and --val-size ask for {num_used} images, and {args.dataset} has {len(labels)}."
+        )
     of_seeds = []
     for seed in range(args.seeds):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-        train, val, rest = ((images[part], labels[part]) for part in order.tensor_split([args.train_size, num_used]))
+        train, val, rest = (
+            (images[part], labels[part]) for part in order.tensor_split([args.train_size, num_used])
+        )
         of_seeds.append(Data(train, val, mnist_test or rest))
     return of_seeds
 
@@ -85,10 +103,16 @@ def read_mnist(args: argparse.Namespace, train: bool) -> Batch:
     from torchvision.datasets import MNIST  # takes a second, and digits do without
 
     folder = Path(args.data_root, "MNIST", "raw")
-    files = [folder / f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    files = [
+        folder / f"{part}-{kind}-ubyte"
+        for part in ("train", "t10k")
+        for kind in ("images-idx3", "labels-idx1")
+    ]
     missing = [file.name for file in files if not file.exists()]
     if missing and not args.download:
-        raise SystemExit(f"MNIST: {', '.join(missing)} not found in {folder}. Put them there, or pass --download.")
+        raise SystemExit(
+            f"MNIST: {', '.join(missing)} not found in {folder}. Put them there, or pass --download."
+        )
     mnist = MNIST(args.data_root, train=train, download=args.download)
     return mnist.data.flatten(1) / 255, mnist.targets
 

@@ -1,24 +1,22 @@
-"""Half of the training labels are wrong: one weight for each training example, tuned on a few clean validation images.
+"""Half of the training labels are wrong: a weight for each example, tuned on a few clean validation images.
 
-As in Franceschi et al. 2017. Each example's loss counts with the weight sigmoid(logit), and every 20 training steps an
-implicit hypergradient moves all logits. Each training step takes all images, as only those of recorded batches get a
-hypergradient. The rivals train on the noisy images, on the clean validation images alone, and on both together. Each of
-them gets the weight decay of a grid that is best on the test images, which favours them; the tuned run has one fixed decay.
-The last two rows train anew: on what the weights keep (above 0.5) with the validation images, and on the right labels.
+As in Franceschi et al. 2017. Each example's loss counts with the weight sigmoid(logit), and every 20 training
+steps an implicit hypergradient moves all logits. Every step takes all images: only those of recorded batches
+get a hypergradient. The rivals train on the noisy images, on the clean validation images, and on both; each
+has that decay of a grid which is best on the test images, which favours it; the tuned run has a fixed one.
+The last two rows train anew: on what the weights keep (above 0.5) and validation images, and on right labels.
 
     python examples/data_cleaning.py
     python examples/data_cleaning.py --dataset mnist --data-root data --download
 
-It prints tables, and draws the weights of right and wrong labels. The first takes scikit-learn's digits and about a minute.
+It prints tables, and draws the weights of right and wrong labels; a minute on scikit-learn's digits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -26,17 +24,14 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from command_line import option_parser, parse, spread, table
+from command_line import option_parser, parse, saved, spread, table
 from common import Batch, Data, accuracy_of, joined, load_data, loss_of, make_mlp, plain_step
 from torch_hypergrad import HyperOptimizer, Implicit, Neumann
 
 SIZES = {"digits": (1000, 200), "mnist": (5000, 1000)}
 NUM_HIDDEN = 64
 GRID = (1e-3, 3e-3, 1e-2, 3e-2)
-DECAY = 1e-2  # of the tuned run
-WARMUP, HYPER_EVERY = 100, 20
-
-Run = tuple[dict[str, float], Tensor, Tensor]  # test accuracies, the weights, and which labels are wrong
+DECAY, WARMUP, HYPER_EVERY = 1e-2, 100, 20  # of the tuned run
 
 
 def make(data: Data, seed: int, decay: float) -> tuple[nn.Module, torch.optim.SGD]:
@@ -93,7 +88,8 @@ def with_wrong_labels(batch: Batch, seed: int) -> tuple[Batch, Tensor]:
     return (images, torch.where(is_wrong, others, labels)), is_wrong
 
 
-def compare(clean: Data, num_steps: int, seed: int, bar: tqdm) -> Run:
+def compare(clean: Data, num_steps: int, seed: int, bar: tqdm) -> tuple[dict[str, float], Tensor, Tensor]:
+    """Test accuracies, the weights, and which labels are wrong."""
     noisy, is_wrong = with_wrong_labels(clean.train, seed)
     data = Data(noisy, clean.val, clean.test)
     model, weights = learn_weights(data, num_steps, seed)
@@ -110,19 +106,21 @@ def compare(clean: Data, num_steps: int, seed: int, bar: tqdm) -> Run:
     return {"noisy, one tuned weight for each": accuracy_of(model, data.test)} | accuracies, weights, is_wrong
 
 
-def draw(weights: Tensor, is_wrong: Tensor, path: Path) -> None:
+def draw(weights: Tensor, is_wrong: Tensor) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     of_labels = [weights[~is_wrong].numpy(), weights[is_wrong].numpy()]
-    left.hist(of_labels, bins=np.linspace(0, 1, 21), color=["#0072B2", "#D55E00"], label=["right label", "wrong label"])
+    kinds, colors = ["right label", "wrong label"], ["#0072B2", "#D55E00"]
+    left.hist(of_labels, bins=20, range=(0, 1), color=colors, label=kinds)
     left.set(title="learned weights", xlabel="weight of the example", ylabel="number of examples")
     left.legend(frameon=False)
     false_alarms, found, _ = roc_curve(is_wrong, 1 - weights)
     right.plot(false_alarms, found, color="#000000", label=f"area {roc_auc_score(is_wrong, 1 - weights):.3f}")
     right.plot([0, 1], [0, 1], color="#999999", ls=":", label="chance")
-    right.set(title="wrong labels by low weight", xlabel="right labels taken for wrong", ylabel="wrong labels found")
+    right.set_title("wrong labels by low weight")
+    right.set(xlabel="right labels taken for wrong", ylabel="wrong labels found")
     right.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -130,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     of_seeds = load_data(args)
     with tqdm(total=args.seeds * (1 + 5 * len(GRID)), unit="run") as bar:
         runs = [compare(data, args.steps, seed, bar) for seed, data in enumerate(of_seeds)]
-    print(f"\n{args.dataset}: {args.train_size} training images with half of their labels wrong, {args.val_size} clean ones\n")
+    noisy = f"{args.train_size} training images with half of their labels wrong"
+    print(f"\n{args.dataset}: {noisy}, {args.val_size} clean ones\n")
     rows = [[name, spread([run[0][name] for run in runs], 1)] for name in runs[0][0]]
     print(table(["training on", "test accuracy (%)"], rows) + "\n")
     num_wrong = args.train_size // 2
@@ -140,9 +139,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(["labels", "of", "weight under 0.5"], rows))
     areas = [roc_auc_score(is_wrong, 1 - weights) for _, weights, is_wrong in runs]
     print(f"\nArea under the ROC curve: {spread(areas, 3)}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    draw(*runs[0][1:], args.out / "weights.png")
-    print(f"Picture of the first seed: {args.out / 'weights.png'}")
+    _, weights, is_wrong = runs[0]
+    print(f"Picture of the first seed: {saved(draw(weights, is_wrong), args.out / 'weights.png')}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python examples/drop_in.py
     python examples/drop_in.py --dataset mnist --data-root data --download
 
-The table shows where the plain loop ends with the decay that the tuned one starts with, with none, and with what was learned.
+The table shows where the plain loop ends with the decay that the tuned one starts with,
+with none, and with what was learned.
 """
 
 from collections.abc import Sequence
@@ -57,11 +58,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed, data in enumerate(load_data(args)):
         model, learned = train_and_tune(data, args.steps, seed)
         models = {"tuned while training": (model, learned)}
-        for name, decay in (("fixed at the start", START), ("none", 0.0), ("fixed at what was learned", learned)):
+        for name, decay in (
+            ("fixed at the start", START),
+            ("none", 0.0),
+            ("fixed at what was learned", learned),
+        ):
             models[name] = train_plainly(data, args.steps, seed, decay), decay
         for name, (model, decay) in models.items():
-            rows.setdefault(name, []).append((decay, accuracy_of(model, data.test), loss_of(model, data.test).item()))
-    columns = [[name, *(spread(values, digits) for values, digits in zip(zip(*of), (5, 1, 4)))] for name, of in rows.items()]
+            rows.setdefault(name, []).append(
+                (decay, accuracy_of(model, data.test), loss_of(model, data.test).item())
+            )
+    columns = [
+        [name, *(spread(values, digits) for values, digits in zip(zip(*of), (5, 1, 4)))]
+        for name, of in rows.items()
+    ]
     print("\n" + table(["weight decay", "value", "test accuracy (%)", "test loss"], columns))
 
 

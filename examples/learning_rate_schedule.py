@@ -1,15 +1,15 @@
 """One learning rate for each training step, learned by differentiating through whole training runs.
 
-As in Maclaurin, Duvenaud and Adams 2015: train a small network for 50 steps, differentiate the validation loss at the end
-with respect to all 50 learning rates, move their logarithms, start again. Every run has new initial weights and new
-batches, so that the schedule cannot fit one of them. The rivals are a constant learning rate and a cosine schedule, each
-with the best peak of a grid. All are chosen by the same validation images, and compared on test images and on initial
-weights and batches that nobody has seen.
+As in Maclaurin, Duvenaud and Adams 2015: train a small network for 50 steps, differentiate the validation
+loss at the end with respect to all 50 learning rates, move their logarithms, start again. Every run has new
+initial weights and new batches, so that the schedule cannot fit one of them. The rivals are a constant
+learning rate and a cosine schedule, each with the best peak of a grid. All are chosen by the same validation
+images, and compared on test images and on initial weights and batches that nobody has seen.
 
     python examples/learning_rate_schedule.py
     python examples/learning_rate_schedule.py --dataset mnist --data-root data --download
 
-It prints a table and draws the schedules and the loss curves. The first takes scikit-learn's digits and less than a minute.
+It prints a table and draws the schedules and the loss curves; less than a minute on scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
-from tqdm import trange
+from tqdm import tqdm
 
-from command_line import option_parser, parse, spread, table
-from common import Batch, Data, accuracy_of, load_data, loss_of, make_mlp, random_batches
+from command_line import option_parser, parse, saved, scores, table
+from common import Data, load_data, loss_of, loss_value, make_mlp, random_batches, tuning_seeds
 from torch_hypergrad import HyperOptimizer, Hyperparameter, Unrolled
 
 SIZES = {"digits": (500, 500), "mnist": (5000, 5000)}
 NUM_HIDDEN, BATCH_SIZE, MOMENTUM = 64, 100, 0.9
 GRID = (0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5)
+NUM_GRID_SEEDS = 5
 INITIAL_LR = 0.1
-FIRST_TUNING_SEED, NUM_GRID_SEEDS = 1000, 5  # the seeds of the comparison begin at 0
 
 Schedule = Sequence[float]
 
@@ -55,7 +54,7 @@ def learn_schedule(data: Data, num_steps: int, num_episodes: int) -> Schedule:
         method=Unrolled(),
         hyper_optimizer=partial(torch.optim.Adam, lr=0.05),
     )
-    for seed in (bar := trange(FIRST_TUNING_SEED, FIRST_TUNING_SEED + num_episodes, unit="episode")):
+    for seed in (bar := tqdm(tuning_seeds(num_episodes), unit="episode")):
         hyper.restart()
         model.load_state_dict(make(num_pixels, seed)[0].state_dict())
         for batch in random_batches(data.train, num_steps, BATCH_SIZE, seed):
@@ -79,47 +78,39 @@ def train(data: Data, schedule: Schedule, seed: int) -> tuple[nn.Module, list[fl
     return model, losses
 
 
-@torch.no_grad()
-def loss_on(batch: Batch, model: nn.Module) -> float:
-    """Infinite if training has diverged."""
-    loss = loss_of(model, batch).item()
-    return loss if math.isfinite(loss) else math.inf
-
-
 def best_peak(data: Data, shape: Schedule) -> Schedule:
     """The shape times that peak of the grid with which the validation loss at the end is lowest."""
-    seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + NUM_GRID_SEEDS)
-    schedules = [[peak * factor for factor in shape] for peak in GRID]
-    return min(schedules, key=lambda schedule: sum(loss_on(data.val, train(data, schedule, seed)[0]) for seed in seeds))
+
+    def val_loss(schedule: Schedule) -> float:
+        models = [train(data, schedule, seed)[0] for seed in tuning_seeds(NUM_GRID_SEEDS)]
+        return sum(loss_value(model, data.val) for model in models)
+
+    return min(([peak * factor for factor in shape] for peak in GRID), key=val_loss)
 
 
 def row(name: str, schedule: Schedule, models: Sequence[nn.Module], data: Data) -> list[object]:
-    losses, accuracies = [loss_on(data.test, m) for m in models], [accuracy_of(m, data.test) for m in models]
-    val = spread([loss_on(data.val, m) for m in models], 3)
-    return [
-        name,
-        f"{schedule[0]:.2f}",
-        f"{max(schedule):.2f}",
-        f"{schedule[-1]:.3f}",
-        val,
-        spread(losses, 3),
-        spread(accuracies, 1),
-    ]
+    rates = [f"{schedule[0]:.2f}", f"{max(schedule):.2f}", f"{schedule[-1]:.3f}"]
+    _, val_loss = scores(models, [data.val] * len(models))
+    accuracy, test_loss = scores(models, [data.test] * len(models))
+    return [name, *rates, val_loss, test_loss, accuracy]
 
 
-def draw(schedules: dict[str, Schedule], curves: dict[str, list[float]], path: Path) -> None:
+def draw(schedules: dict[str, Schedule], curves: dict[str, list[float]]) -> Figure:
     figure = Figure(figsize=(10.5, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (name, schedule), color in zip(schedules.items(), ("#999999", "#0072B2", "#D55E00")):
         left.plot(range(1, len(schedule) + 1), schedule, color=color, marker=".", label=name)
         right.plot(range(1, len(schedule) + 1), curves[name], color=color, label=name)
     left.set(title="learning rate", xlabel="training step", ylabel="learning rate", ylim=0)
-    right.set(title="training loss, mean over the runs", xlabel="training step", ylabel="cross-entropy", yscale="log")
-    right.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
+    right.set_title("training loss, mean over the runs")
+    right.set(xlabel="training step", ylabel="cross-entropy", yscale="log")
+    right.yaxis.set(
+        major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter()
+    )
     for panel in (left, right):
         panel.grid(alpha=0.3)
     left.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -138,11 +129,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         models, losses = zip(*(train(data, schedule, seed) for seed in range(args.seeds)))
         rows.append(row(name, schedule, models, data))
         curves[name] = torch.tensor(losses).mean(0).tolist()
-    print(f"\n{args.dataset}: {args.steps} training steps; {args.seeds} runs with fresh initial weights and batches\n")
-    print(table(["learning rate", "first", "peak", "last", "validation loss", "test loss", "test accuracy (%)"], rows))
-    args.out.mkdir(parents=True, exist_ok=True)
-    draw(schedules, curves, args.out / "schedules.png")
-    print(f"\nPicture: {args.out / 'schedules.png'}")
+    fresh = f"{args.seeds} runs with fresh initial weights and batches"
+    print(f"\n{args.dataset}: {args.steps} training steps; {fresh}\n")
+    losses_and_accuracy = ["validation loss", "test loss", "test accuracy (%)"]
+    print(table(["learning rate", "first", "peak", "last", *losses_and_accuracy], rows))
+    print(f"\nPicture: {saved(draw(schedules, curves), args.out / 'schedules.png')}")
 
 
 if __name__ == "__main__":
