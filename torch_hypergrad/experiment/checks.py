@@ -7,16 +7,10 @@ from dataclasses import asdict, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 from ..methods import ForwardMode, Implicit, Unrolled
-from ..solvers import CG, Cholesky, Identity, Neumann, Nystrom
+from ..solvers import Solver
 from .config import Config, ConfigError, MethodConfig, Tune
 
-SOLVERS: dict[str, type] = {
-    "neumann": Neumann,
-    "cg": CG,
-    "nystrom": Nystrom,
-    "cholesky": Cholesky,
-    "identity": Identity,
-}
+SOLVERS: dict[str, type] = {kind.__name__.lower(): kind for kind in Solver.__subclasses__()}
 METHODS: dict[str, type] = {"implicit": Implicit, "unrolled": Unrolled, "forward": ForwardMode}
 MOST_THREADS = 1024
 LOSS_TENSORS = ("example_weights", "augmentation")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -111,6 +112,9 @@ class UnrolledWindow(Window):
         self._problem = problem
         self._ways = ways(problem.transition.gradient, method.second_order)
         self._history = history_of(problem, method)
+        self._kernels = partial(  # chosen once for a whole sweep
+            problem.transition.gradient.kernels, twice_differentiable=method.needs_second_derivatives
+        )
 
     def take(self, step: Step, state: State | None) -> tuple[Step, State]:
         assert state is not None
@@ -134,9 +138,10 @@ class UnrolledWindow(Window):
         adjoint = self._problem.adjoint(validation)
         largest = last = norm(adjoint.params)
         way, error = self._ways(), None
-        for linearization in self._history.backward(way, with_buffers=adjoint.buffers is not None):
-            adjoint = linearization.pull(adjoint, total)
-            largest, error = torch.maximum(largest, norm(adjoint.params)), linearization.error
+        with self._kernels():
+            for linearization in self._history.backward(way, with_buffers=adjoint.buffers is not None):
+                adjoint = linearization.pull(adjoint, total)
+                largest, error = torch.maximum(largest, norm(adjoint.params)), linearization.error
         growth = torch.where(last > 0, largest / last, torch.ones_like(last))
         return total, Statistics(product_error=error, adjoint_growth=growth)
 

@@ -28,12 +28,14 @@ NUM_SUMS = 16
 
 def recorded(batch: Any) -> Any:
     """The batch with the same tensors in containers of its own, which nobody else fills anew."""
-    if isinstance(batch, Tensor) or (
-        type(batch) is tuple and all(isinstance(part, Tensor) for part in batch)
-    ):
+    if isinstance(batch, Tensor) or _is_tuple_of_tensors(batch):
         return batch
     leaves, spec = tree_flatten(batch)
     return tree_unflatten([_own(leaf) for leaf in leaves], spec)
+
+
+def _is_tuple_of_tensors(batch: Any) -> bool:
+    return type(batch) is tuple and all(type(part) is Tensor for part in batch)
 
 
 def _own(thing: Any) -> Any:
@@ -83,6 +85,8 @@ def _tensors(thing: Any, depth: int = 0) -> Iterator[Tensor | np.ndarray]:
 
 def seen(batch: Any) -> Seen:
     """What the tensors of the batch are like now."""
+    if _is_tuple_of_tensors(batch):
+        return tuple(map(_look, batch))
     return tuple(_look(found) for leaf in tree_leaves(batch) for found in _tensors(leaf))
 
 
@@ -98,15 +102,24 @@ def seen_again(batch: Any, before: Seen) -> Seen:
 
 def _look(found: Tensor | np.ndarray) -> tuple[int, int, int]:
     if isinstance(found, np.ndarray):
-        return id(found), 0, zlib.crc32(np.ascontiguousarray(found).data if found.dtype != object else b"")
+        return (
+            id(found),
+            0,
+            zlib.crc32(np.ascontiguousarray(found).tobytes() if found.dtype != object else b""),
+        )
     version = 0 if found.is_inference() else found._version
-    return id(found), version, _checksum(found) if readings.at_once(found) else 0
+    return id(found), version, _checksum(found) if _is_shared(found) else 0
+
+
+def _is_shared(tensor: Tensor) -> bool:
+    """Whether others than torch may write to its memory: torch never resizes what it shares with numpy."""
+    if not readings.at_once(tensor) or tensor.layout is not torch.strided or not tensor.numel():
+        return False
+    return not tensor.untyped_storage().resizable()
 
 
 def _checksum(tensor: Tensor) -> int:
     """Of sums, which cost a pass over memory and nothing more."""
-    if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.numel():
-        return 0
     flat = tensor.detach().reshape(-1)
     size = len(flat) // NUM_SUMS * NUM_SUMS
     sums = torch.cat([flat[:size].view(NUM_SUMS, -1).sum(1), flat[size:].sum()[None]])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -244,16 +245,20 @@ class LiveModel:
             torch.clear_autocast_cache()
 
 
-@contextmanager
-def _autocast(wanted: Iterable[tuple[str, bool, torch.dtype]]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for kind, enabled, dtype in wanted:
-            if torch.is_autocast_enabled(kind) != enabled or (
-                enabled and torch.get_autocast_dtype(kind) != dtype
-            ):
-                torch.clear_autocast_cache()
-                stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype))
-        yield
+def _autocast(wanted: Iterable[tuple[str, bool, torch.dtype]]) -> AbstractContextManager[Any]:
+    """Autocast as it is wanted for each kind of device."""
+    contexts = [
+        torch.autocast(kind, enabled=enabled, dtype=dtype)
+        for kind, enabled, dtype in wanted
+        if enabled or torch.is_autocast_enabled(kind)
+    ]
+    if not contexts:
+        return nullcontext()
+    torch.clear_autocast_cache()
+    stack = ExitStack()
+    for context in contexts:
+        stack.enter_context(context)
+    return stack
 
 
 def _copy(buffer: Tensor | None, last: Tensor | None) -> Tensor | None:

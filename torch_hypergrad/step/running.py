@@ -10,8 +10,8 @@ what it returns nothing, but a nothing that depends on the buffers as the output
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -117,6 +117,7 @@ class RunningBuffers:
         ]
         self.padded = [module for module in embeddings if module.padding_idx is not None]
         self.indices = {id(p): i for i, p in enumerate(live.params)}
+        self._nothing = Trace(self, {}, [], check=False)
 
     def __bool__(self) -> bool:
         """Whether any buffer has a rule."""
@@ -135,7 +136,8 @@ class RunningBuffers:
             padding: trace the padding rows of embeddings: second derivatives leave them out.
             check: ask whether the buffers are what their rules say; not in what is recorded to be replayed.
         """
-        return Trace(self, self.modules if buffers else {}, self.padded if padding else [], check=check)
+        modules, padded = self.modules if buffers else {}, self.padded if padding else []
+        return Trace(self, modules, padded, check=check) if modules or padded else self._nothing
 
     def _padding_rows(self) -> list[tuple[int, int]]:
         """For each embedding with a padding row, the number of its parameter, and of the row."""
@@ -212,17 +214,18 @@ class Trace:
             m: (running.indices.get(id(m.weight), -1), leaf(m.weight[m.padding_idx])) for m in padded
         }
 
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
+    def hooked(self) -> AbstractContextManager[Any]:
         """Inside, calls of the modules are followed. Backward passes may call them again (checkpointing), so
         they belong inside another such block."""
-        with ExitStack() as stack:
-            for module, (rule, held) in self._modules.items():
-                hook = partial(self._follow, rule, held)
-                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-            for module in self._padded:
-                stack.callback(module.register_forward_hook(self._pad).remove)
-            yield
+        if not self._modules and not self._padded:
+            return nullcontext()
+        stack = ExitStack()
+        for module, (rule, held) in self._modules.items():
+            hook = partial(self._follow, rule, held)
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        for module in self._padded:
+            stack.callback(module.register_forward_hook(self._pad).remove)
+        return stack
 
     def computed(self) -> None:
         """The loss has been computed: what is called from now on is called again, by its gradient

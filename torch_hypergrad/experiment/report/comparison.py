@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from .groups import Group
-from .read import Run
+from .read import RecordedRun
 from .style import (
     BLACK,
     COLORS,
@@ -148,5 +148,5 @@ def _draw_group(axes: Axes, group: Group, part: str, color: str, style: str, mar
         )
 
 
-def _curve(run: Run, part: str) -> dict[float, float]:
+def _curve(run: RecordedRun, part: str) -> dict[float, float]:
     return {line["step"]: line[part]["loss"] for line in run.evals}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 
-from .read import Record, Run
+from .read import Record, RecordedRun
 from .style import (
     BLACK,
     BLUE,
@@ -22,7 +22,7 @@ from .style import (
 )
 
 
-def draw_curves(run: Run) -> Picture | None:
+def draw_curves(run: RecordedRun) -> Picture | None:
     """Loss and accuracy on the training and validation images."""
     if not run.evals and not run.records["train"]:
         return None
@@ -47,7 +47,7 @@ def draw_curves(run: Run) -> Picture | None:
 _LONG = {"train": "training images", "val": "validation images"}
 
 
-def _draw_losses(axes: Axes, run: Run) -> None:
+def _draw_losses(axes: Axes, run: RecordedRun) -> None:
     lines = run.records["train"]
     of_batches = [line["loss"] for line in lines]
     axes.plot(
@@ -62,13 +62,13 @@ def _draw_losses(axes: Axes, run: Run) -> None:
     set_scale(axes, "y", shown, log=True)
 
 
-def mark_first_hyper_step(axes: Axes, run: Run) -> None:
+def mark_first_hyper_step(axes: Axes, run: RecordedRun) -> None:
     """A dotted line where warm-up ends."""
     if run.hyper:
         axes.axvline(run.hyper[0]["step"], color=BLACK, lw=0.9, ls=":", label="first hyper step")
 
 
-def draw_health(run: Run) -> Picture | None:
+def draw_health(run: RecordedRun) -> Picture | None:
     """What tells whether each hypergradient can be trusted, at each hyper step."""
     if not run.hyper:
         return None

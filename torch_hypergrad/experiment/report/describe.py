@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from .read import Run, setting_of
+from .read import RecordedRun, setting_of
 from .style import DASH, count_of, finite, fixed, listing, number, percent
 
 _PER = {
@@ -28,7 +28,7 @@ _ONLY_IMAGES = {
 }
 
 
-def in_one_sentence(run: Run) -> str:
+def in_one_sentence(run: RecordedRun) -> str:
     """What was tuned and how."""
     tune, method = run.config["tune"], run.config["method"]["name"]
     if not tune or method == "none":
@@ -58,7 +58,7 @@ def _how(method: dict[str, Any]) -> str:
     return "forward-mode differentiation through training"
 
 
-def num_values(run: Run) -> int | None:
+def num_values(run: RecordedRun) -> int | None:
     """How many values were tuned, as far as it is known."""
     if run.summary and run.summary.get("num_values") is not None:
         return int(run.summary["num_values"])
@@ -77,14 +77,14 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
-def state(run: Run) -> str:
+def state(run: RecordedRun) -> str:
     """Whether the run is finished, and if not, how far it is."""
     if run.finished:
         return "finished"
     return f"not finished: {run.steps:,} training steps so far"
 
 
-def headline_numbers(run: Run) -> list[tuple[str, str]]:
+def headline_numbers(run: RecordedRun) -> list[tuple[str, str]]:
     """Test accuracy and loss; the last on the validation images while there are none."""
     if run.summary and run.summary.get("test"):
         source, part = run.summary["test"], "test"
@@ -99,7 +99,7 @@ def headline_numbers(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def facts(run: Run) -> list[tuple[str, str]]:
+def facts(run: RecordedRun) -> list[tuple[str, str]]:
     """What stands under the headline."""
     summary = run.summary or {}
     every = [
@@ -124,7 +124,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return [(name, text) for name, text in every if text]
 
 
-def _data(run: Run) -> str:
+def _data(run: RecordedRun) -> str:
     data = run.config["data"]
     known = (run.summary or {}).get("sizes") or {part: data[f"{part}_size"] for part in _PARTS}
     sizes = [f"{known[part]:,} {name}" for part, name in _PARTS.items() if known.get(part) is not None]
@@ -139,7 +139,7 @@ def _data(run: Run) -> str:
 _PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 
-def _model(run: Run) -> str:
+def _model(run: RecordedRun) -> str:
     model, count = run.config["model"], (run.summary or {}).get("num_parameters")
     text = _with_options({**model, "name": model["module"] or model["name"]})
     return text + (f"; {count:,} parameters" if count is not None else "")
@@ -150,7 +150,7 @@ def _with_options(entry: dict[str, Any]) -> str:
     return f"{entry['name']} ({options})" if options else str(entry["name"])
 
 
-def _hyper_steps(run: Run) -> str:
+def _hyper_steps(run: RecordedRun) -> str:
     if run.config["method"]["name"] == "none":
         return "none"
     text = f"{len(run.hyper):,} taken, {len(run.skipped):,} skipped"
@@ -158,7 +158,7 @@ def _hyper_steps(run: Run) -> str:
     return text + (f"; {sum(products):,} products with the Hessian" if products else "")
 
 
-def commands(run: Run) -> list[tuple[str, str]]:
+def commands(run: RecordedRun) -> list[tuple[str, str]]:
     """How the run was started, and how to go on with one that has not finished."""
     command = (run.summary or {}).get("command")
     found = [("The command of this run:", str(command))] if command else []
@@ -167,7 +167,7 @@ def commands(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def surroundings(run: Run) -> list[tuple[str, str]]:
+def surroundings(run: RecordedRun) -> list[tuple[str, str]]:
     """Versions, device, start."""
     summary = run.summary or {}
     versions = ", ".join(f"{name} {version}" for name, version in (summary.get("versions") or {}).items())
@@ -180,7 +180,7 @@ def surroundings(run: Run) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in every.items() if value]
 
 
-def value_rows(run: Run) -> Sequence[Sequence[str]]:
+def value_rows(run: RecordedRun) -> Sequence[Sequence[str]]:
     """A row for each tuned name: number of values, start, and where they are now."""
     values, start = run.tuned.get("values", {}), run.tuned.get("start", {})
     latest = run.hyper[-1].get("values", {}) if run.hyper else {}
@@ -200,7 +200,7 @@ def value_rows(run: Run) -> Sequence[Sequence[str]]:
 VALUE_HEADERS = ("name", "values", "start (mean)", "min", "5 %", "median", "95 %", "max")
 
 
-def settings_at_bounds(run: Run) -> list[str]:
+def settings_at_bounds(run: RecordedRun) -> list[str]:
     """A sentence for each setting of which some values were held back by a bound at the last hyper step."""
     clipped = (run.hyper[-1].get("clipped") or {}) if run.hyper else {}
     return [

@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from .final_values import bin_edges
 from .pixels import draw_image
-from .read import WEIGHTS, Run
+from .read import WEIGHTS, RecordedRun
 from .style import BLUE, GREEN, GREY, VERMILION, Picture, finish, legend_below, new_figure, percent, shorten
 
 MAX_LOWEST = 24
@@ -18,25 +18,25 @@ MAX_COLUMNS, MAX_DRAWS = 10, 4
 # ---- learned weights of training images --------------------------------------------------------------------
 
 
-def has_weights(run: Run) -> bool:
+def has_weights(run: RecordedRun) -> bool:
     """Whether the run has tuned weights of its training images."""
     return WEIGHTS in run.tuned
 
 
-def weights_of(run: Run) -> tuple[np.ndarray, np.ndarray]:
+def weights_of(run: RecordedRun) -> tuple[np.ndarray, np.ndarray]:
     """The weight of each training image, and whether its label was replaced by a wrong one."""
     weights = run.tuned[WEIGHTS].double().numpy().reshape(-1)
     wrong = run.tuned.get("wrong")
     return weights, np.zeros(len(weights), bool) if wrong is None else wrong.numpy().astype(bool)
 
 
-def area_under_curve(run: Run) -> float | None:
+def area_under_curve(run: RecordedRun) -> float | None:
     """How well low weights tell wrong labels from right ones: 1 is perfect, 0.5 chance. None without both."""
     weights, wrong = weights_of(run)
     return float(roc_auc_score(wrong, -weights)) if wrong.any() and not wrong.all() else None
 
 
-def weights_sentences(run: Run) -> list[str]:
+def weights_sentences(run: RecordedRun) -> list[str]:
     """Counts labels below a weight of one half."""
     weights, wrong = weights_of(run)
     low, area = weights < 0.5, area_under_curve(run)
@@ -56,7 +56,7 @@ def weights_sentences(run: Run) -> list[str]:
     ]
 
 
-def draw_weights(run: Run) -> Picture:
+def draw_weights(run: RecordedRun) -> Picture:
     """Histograms of the weights of right and wrong labels, and the curve of what a threshold would find."""
     weights, wrong = weights_of(run)
     area = area_under_curve(run)
@@ -95,7 +95,7 @@ def _draw_roc(axes: Axes, weights: np.ndarray, wrong: np.ndarray, area: float) -
     axes.legend(loc="lower right")
 
 
-def draw_lowest(run: Run) -> Picture | None:
+def draw_lowest(run: RecordedRun) -> Picture | None:
     """The training images of the least weights, with their labels."""
     lowest = run.tuned.get("lowest")
     count = 0 if lowest is None else min(len(lowest["labels"]), MAX_LOWEST)
@@ -128,7 +128,7 @@ def draw_lowest(run: Run) -> Picture | None:
 # ---- augmentation ------------------------------------------------------------------------------------------
 
 
-def draw_augmented(run: Run) -> Picture | None:
+def draw_augmented(run: RecordedRun) -> Picture | None:
     """Training images in the first row, and what the learned augmentation makes of them in those below."""
     augmented = run.tuned.get("augmented")
     if augmented is None or not len(augmented["before"]):

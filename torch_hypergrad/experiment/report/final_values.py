@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from .kinds import by_setting, grouped, left_out, quantiles
-from .read import WEIGHTS, Run, part_of, setting_of
+from .read import WEIGHTS, RecordedRun, part_of, setting_of
 from .style import (
     BLUE,
     GREY,
@@ -28,7 +28,7 @@ MAX_NAMED_LAYERS = 80
 MAX_HEIGHT = 14.0  # inches
 
 
-def values_of(run: Run, names: list[str], kind: str = "values") -> np.ndarray:
+def values_of(run: RecordedRun, names: list[str], kind: str = "values") -> np.ndarray:
     """All the final values, or with ``kind="start"`` the first, of these tensors in one vector."""
     found = run.tuned.get(kind, {})
     return finite(
@@ -38,12 +38,12 @@ def values_of(run: Run, names: list[str], kind: str = "values") -> np.ndarray:
     )
 
 
-def many_valued(run: Run) -> list[str]:
+def many_valued(run: RecordedRun) -> list[str]:
     """Names of tensors of more than one value."""
     return [name for name, value in run.tuned.get("values", {}).items() if value.numel() > 1]
 
 
-def is_schedule(run: Run, name: str) -> bool:
+def is_schedule(run: RecordedRun, name: str) -> bool:
     """Whether the values are one for each training step of an episode."""
     return bool(run.tune_of(name)["per"] == "step" and run.tuned["values"][name].dim() == 1)
 
@@ -51,7 +51,7 @@ def is_schedule(run: Run, name: str) -> bool:
 # ---- histograms --------------------------------------------------------------------------------------------
 
 
-def draw_histograms(run: Run) -> Picture | None:
+def draw_histograms(run: RecordedRun) -> Picture | None:
     """Final values beside their start."""
     names = [name for name in many_valued(run) if not is_schedule(run, name) and name != WEIGHTS]
     if not names:
@@ -70,7 +70,7 @@ def draw_histograms(run: Run) -> Picture | None:
     return finish(figure, "histograms", caption + left_out(names, groups))
 
 
-def _draw_histogram(axes: Axes, run: Run, names: list[str]) -> None:
+def _draw_histogram(axes: Axes, run: RecordedRun, names: list[str]) -> None:
     final, start = values_of(run, names), values_of(run, names, "start")
     log = run.tune_of(names[0])["log"]
     both = np.concatenate([final, start])
@@ -99,7 +99,7 @@ def bin_edges(values: np.ndarray, log: bool, count: int = 40) -> list[float]:
 # ---- layers ------------------------------------------------------------------------------------------------
 
 
-def draw_layers(run: Run) -> list[Picture]:
+def draw_layers(run: RecordedRun) -> list[Picture]:
     """For each setting that has values in several tensors, all of them in the order of the network."""
     settings = by_setting(
         name for name in run.tuned.get("values", {}) if "/" in name and not is_schedule(run, name)
@@ -107,7 +107,7 @@ def draw_layers(run: Run) -> list[Picture]:
     return [_draw_layers_of(run, setting, names) for setting, names in settings.items() if len(names) > 1]
 
 
-def _draw_layers_of(run: Run, setting: str, names: list[str]) -> Picture:
+def _draw_layers_of(run: RecordedRun, setting: str, names: list[str]) -> Picture:
     figure = new_figure(min(1.1 + (0.21 if len(names) > 12 else 0.32) * len(names), MAX_HEIGHT), 9.0)
     axes = figure.subplots()
     found = {name: quantiles(values_of(run, [name])) for name in names}
@@ -152,7 +152,7 @@ def _name_layers(axes: Axes, names: list[str]) -> None:
 # ---- schedules ---------------------------------------------------------------------------------------------
 
 
-def draw_schedules(run: Run) -> Picture | None:
+def draw_schedules(run: RecordedRun) -> Picture | None:
     """Values for each training step of an episode."""
     names = [name for name in many_valued(run) if is_schedule(run, name)]
     if not names:

@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from ..config import ConfigError
 from .kinds import by_setting
-from .read import Record, Run, read_run
+from .read import Record, RecordedRun, read_run
 from .style import DASH, fixed, number
 
 HEADERS = ["row", "values tuned", "test accuracy (%)", "test loss", "cost (training steps)", "seconds"]
@@ -24,10 +24,10 @@ class Group:
     """Runs that differ in their seed alone, or that lie in folders seed-0, seed-1, ... of one folder."""
 
     name: str
-    runs: list[Run]
+    runs: list[RecordedRun]
 
     @property
-    def finished(self) -> list[Run]:
+    def finished(self) -> list[RecordedRun]:
         return [run for run in self.runs if run.finished]
 
     def numbers(self, *path: str) -> list[float]:
@@ -51,18 +51,18 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
         raise ConfigError(
             "A report needs the folder of at least one run, got none. Pass one that holds config.yaml."
         )
-    found: dict[str, list[Run]] = {}
+    found: dict[str, list[RecordedRun]] = {}
     for run in map(read_run, folders):
         found.setdefault(_key(run), []).append(run)
     names = [_name(runs[0]) for runs in found.values()]
     return [Group(_unique(name, runs[0], names), runs) for name, runs in zip(names, found.values())]
 
 
-def _in_row(run: Run) -> bool:
+def _in_row(run: RecordedRun) -> bool:
     return run.folder.resolve().name.startswith("seed-")
 
 
-def _key(run: Run) -> str:
+def _key(run: RecordedRun) -> str:
     """The same for runs of one group."""
     if _in_row(run):
         return str(run.folder.resolve().parent)
@@ -71,12 +71,12 @@ def _key(run: Run) -> str:
     )
 
 
-def _name(run: Run) -> str:
+def _name(run: RecordedRun) -> str:
     path = run.folder.resolve()
     return path.parent.name if _in_row(run) else path.name
 
 
-def _unique(name: str, run: Run, names: Sequence[str]) -> str:
+def _unique(name: str, run: RecordedRun, names: Sequence[str]) -> str:
     """Rows of the same name get that of the folder above."""
     path = run.folder.resolve()
     above = path.parent.parent if _in_row(run) else path.parent
@@ -134,7 +134,7 @@ def github_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=align)
 
 
-def rows_of_run(run: Run) -> list[list[str]]:
+def rows_of_run(run: RecordedRun) -> list[list[str]]:
     """Accuracy and loss at the end on each set of images; so far, of a run that has not finished."""
     last: Record = run.summary or (run.evals[-1] if run.evals else {})
     named = {"test": "test", "val": "validation", "train": "training"}
@@ -173,7 +173,7 @@ def _in_words(found: Sequence[tuple[float, ...]]) -> str:
     return number(middle) if low == high else f"{number(middle)} ({number(low, 2)} to {number(high, 2)})"
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def _settings(run: RecordedRun) -> dict[str, Any]:
     """The configuration by dotted keys, without what says only where and how the run was written."""
     flat = _flatten(run.config)
     return {key: value for key, value in flat.items() if not key.startswith(("output.", "compare."))}

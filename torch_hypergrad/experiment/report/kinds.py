@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .read import Run, part_of, setting_of
+from .read import RecordedRun, part_of, setting_of
 
 MAX_PANELS = 12
 QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
@@ -27,7 +27,7 @@ def by_setting(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def by_kind(run: Run, names: Iterable[str]) -> dict[str, list[str]]:
+def by_kind(run: RecordedRun, names: Iterable[str]) -> dict[str, list[str]]:
     """The names of tensors by what they do in a network, in the order of the first of each."""
     shapes = run.tuned.get("model", {})
     found: dict[str, list[str]] = {}
@@ -46,7 +46,7 @@ def _kind(part: str, shape: Any) -> str:
     return _BY_DIMENSIONS.get(len(shape), "scales of normalization" if last == "weight" else last)
 
 
-def grouped(run: Run, names: list[str]) -> dict[str, list[str]]:
+def grouped(run: RecordedRun, names: list[str]) -> dict[str, list[str]]:
     """Titles of panels, and the names that each shows: one each, or a kind where they are too many."""
     if len(names) <= MAX_PANELS:
         several = len(by_setting(names)) > 1

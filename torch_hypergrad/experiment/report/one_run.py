@@ -21,14 +21,14 @@ from .groups import rows_of_run
 from .over_time import draw_over_time
 from .page import Page, Section, Table
 from .pixels import draw_pixel_maps
-from .read import Run
+from .read import RecordedRun
 from .style import Picture
 from .trust import doubts, trust_sentences
 
 MAX_ROWS = 12  # of a table that is not folded up
 
 
-def page_of_run(run: Run) -> Page:
+def page_of_run(run: RecordedRun) -> Page:
     """The page of a single run, finished or not."""
     sections = [_training(run), _cleaning(run), _values(run), _augmentation(run), _trust(run)]
     return Page(
@@ -48,7 +48,7 @@ def _drawn(*pictures: Picture | None) -> list[Picture]:
     return [picture for picture in pictures if picture]
 
 
-def _training(run: Run) -> Section:
+def _training(run: RecordedRun) -> Section:
     sentences = [] if run.evals else ["Nothing has been evaluated yet."]
     table = Table(("images", "accuracy (%)", "loss"), rows_of_run(run))
     return Section(
@@ -56,7 +56,7 @@ def _training(run: Run) -> Section:
     )
 
 
-def _values(run: Run) -> Section | None:
+def _values(run: RecordedRun) -> Section | None:
     pictures = _drawn(draw_over_time(run), draw_schedules(run))
     pictures += [*draw_pixel_maps(run), *draw_layers(run), *_drawn(draw_histograms(run))]
     rows = value_rows(run)
@@ -71,7 +71,7 @@ def _values(run: Run) -> Section | None:
     )
 
 
-def _cleaning(run: Run) -> Section | None:
+def _cleaning(run: RecordedRun) -> Section | None:
     if not has_weights(run):
         return None
     return Section(
@@ -79,10 +79,10 @@ def _cleaning(run: Run) -> Section | None:
     )
 
 
-def _augmentation(run: Run) -> Section | None:
+def _augmentation(run: RecordedRun) -> Section | None:
     pictures = _drawn(draw_augmented(run))
     return Section("Learned augmentation", (), pictures) if pictures else None
 
 
-def _trust(run: Run) -> Section:
+def _trust(run: RecordedRun) -> Section:
     return Section("Is the hypergradient to be trusted?", trust_sentences(run), _drawn(draw_health(run)))

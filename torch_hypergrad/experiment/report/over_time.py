@@ -11,13 +11,13 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from .kinds import as_quantiles, grouped, left_out
-from .read import Run, setting_of
+from .read import RecordedRun, setting_of
 from .style import BLUE, GREY, Picture, dots, finish, panels, set_scale, shorten, step_axis
 
 DEPTH = matplotlib.colormaps["viridis"].resampled(256)
 
 
-def draw_over_time(run: Run) -> Picture | None:
+def draw_over_time(run: RecordedRun) -> Picture | None:
     """One panel for each value or tensor; one for each kind of tensor where there are too many."""
     names = list(run.hyper[-1].get("values", {})) if run.hyper else []
     if not names:
@@ -37,7 +37,7 @@ def draw_over_time(run: Run) -> Picture | None:
     return finish(figure, "values_over_time", _caption(run, names, together) + left_out(names, groups))
 
 
-def _caption(run: Run, names: list[str], together: bool) -> str:
+def _caption(run: RecordedRun, names: list[str], together: bool) -> str:
     if together:
         return (
             f"The {len(names)} tuned tensors over training, grouped by kind: one line for each, the median "
@@ -51,14 +51,14 @@ def _caption(run: Run, names: list[str], together: bool) -> str:
     return "Each tuned value over training; dashed is the start."
 
 
-def _history(run: Run, name: str) -> tuple[list[float], dict[str, list[float]]]:
+def _history(run: RecordedRun, name: str) -> tuple[list[float], dict[str, list[float]]]:
     """Training steps, and the quantiles at each."""
     lines = [line for line in run.hyper if name in line.get("values", {})]
     found = [as_quantiles(line["values"][name]) for line in lines]
     return [line["step"] for line in lines], {key: [entry[key] for entry in found] for key in found[0]}
 
 
-def _draw_one(axes: Axes, run: Run, name: str) -> None:
+def _draw_one(axes: Axes, run: RecordedRun, name: str) -> None:
     steps, curves = _history(run, name)
     start = _start(run, name)
     if start is not None:
@@ -71,7 +71,7 @@ def _draw_one(axes: Axes, run: Run, name: str) -> None:
     axes.set_ylabel(setting_of(name).replace("_", " "))
 
 
-def _draw_several(axes: Axes, run: Run, names: list[str]) -> None:
+def _draw_several(axes: Axes, run: RecordedRun, names: list[str]) -> None:
     order = list(run.hyper[-1]["values"])
     shown: list[float] = []
     for name in names:
@@ -91,7 +91,7 @@ def _depth_bar(figure: Figure, every: list[Axes]) -> None:
     bar.set_label("place of the layer in the network")
 
 
-def _start(run: Run, name: str) -> float | None:
+def _start(run: RecordedRun, name: str) -> float | None:
     start = run.tuned.get("start", {}).get(name)
     return (
         float(start.double().median()) if start is not None and start.numel() else run.tune_of(name)["init"]

@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from .read import Run, part_of, setting_of
+from .read import RecordedRun, part_of, setting_of
 from .style import Picture, finish, new_figure, number, shorten
 
 
-def draw_pixel_maps(run: Run) -> list[Picture]:
+def draw_pixel_maps(run: RecordedRun) -> list[Picture]:
     """For each setting tuned per element: the first layer's values over pixels, or filter positions."""
     image = run.tuned.get("mean_image")
     if image is None:
@@ -30,7 +30,7 @@ def draw_pixel_maps(run: Run) -> list[Picture]:
     return list(first.values())
 
 
-def _draw_pixels(run: Run, name: str) -> Picture:
+def _draw_pixels(run: RecordedRun, name: str) -> Picture:
     image = run.tuned["mean_image"]
     figure = new_figure(4.2, 9.5)
     left, right = figure.subplots(1, 2)
@@ -50,7 +50,7 @@ def _draw_pixels(run: Run, name: str) -> Picture:
     return finish(figure, f"pixels_{setting_of(name).replace('.', '_')}", caption)
 
 
-def _draw_filter(run: Run, name: str) -> Picture:
+def _draw_filter(run: RecordedRun, name: str) -> Picture:
     figure = new_figure(4.0, 5.5)
     axes = figure.subplots()
     log = run.tune_of(name)["log"]
@@ -77,7 +77,7 @@ def average(values: np.ndarray, axis: tuple[int, ...], log: bool) -> np.ndarray:
     return values.mean(axis)
 
 
-def _draw_map(figure: Figure, axes: Axes, mean: np.ndarray, run: Run, name: str) -> None:
+def _draw_map(figure: Figure, axes: Axes, mean: np.ndarray, run: RecordedRun, name: str) -> None:
     start = run.tuned.get("start", {}).get(name)
     log = bool(run.tune_of(name)["log"])
     center = (

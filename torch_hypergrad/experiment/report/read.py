@@ -22,7 +22,7 @@ WEIGHTS = "example_weights"  # tuned as logits, and read as the weights that the
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """What the folder of a run holds.
 
     Args:
@@ -107,7 +107,7 @@ def part_of(name: str) -> str:
     return name.removeprefix(setting_of(name)).lstrip("/.") or name
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RecordedRun:
     """Reads a folder.
 
     Raises:
@@ -116,7 +116,7 @@ def read_run(folder: Path) -> Run:
     folder = Path(folder)
     config = _read_config(folder)
     records, unreadable = _read_metrics(folder / "metrics.jsonl")
-    return Run(folder, config, records, unreadable, _read_summary(folder / "summary.json"))
+    return RecordedRun(folder, config, records, unreadable, _read_summary(folder / "summary.json"))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

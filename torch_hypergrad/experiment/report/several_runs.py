@@ -13,7 +13,7 @@ from .comparison import draw_overlaid, draw_results
 from .describe import duration, in_one_sentence
 from .groups import HEADERS, Group, accuracy_of, differing, mean_of, row_of, spread, tuned_in_brief
 from .page import Page, Section, Table
-from .read import Run
+from .read import RecordedRun
 from .style import count_of, fixed, listing, number, percent, quoted
 from .trust import doubts, late_residual
 
@@ -48,7 +48,7 @@ def page_of_runs(groups: Sequence[Group], out: Path) -> Page:
     )
 
 
-def _subtitle(groups: Sequence[Group], runs: Sequence[Run]) -> str:
+def _subtitle(groups: Sequence[Group], runs: Sequence[RecordedRun]) -> str:
     unfinished = sum(not run.finished for run in runs)
     left_out = f"; {unfinished} not finished, and left out of all means" if unfinished else ""
     return f"{count_of(len(runs), 'run')} in {count_of(len(groups), 'row')}{left_out}."
@@ -68,7 +68,7 @@ def _best(groups: Sequence[Group]) -> list[tuple[str, str]]:
     ]
 
 
-def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def _facts(runs: Sequence[RecordedRun]) -> list[tuple[str, str]]:
     data = dict.fromkeys(str(run.config["data"]["name"]) for run in runs)
     models = dict.fromkeys(str(run.config["model"]["module"] or run.config["model"]["name"]) for run in runs)
     total = sum(run.seconds or 0.0 for run in runs)
@@ -169,7 +169,7 @@ def _few(names: Sequence[str]) -> str:
     return listing(names) if len(names) < 5 else listing([*names[:3], f"{len(names) - 3} others"])
 
 
-def _run_row(run: Run) -> list[str]:
+def _run_row(run: RecordedRun) -> list[str]:
     test = (run.summary or {}).get("test") or {}
     unfinished = "" if run.finished else " (not finished)"
     cells = [
@@ -190,7 +190,7 @@ def _run_row(run: Run) -> list[str]:
     ]
 
 
-def _link(run: Run, out: Path) -> str:
+def _link(run: RecordedRun, out: Path) -> str:
     """To the run's own report, if there is one."""
     report = run.folder / "report" / "report.html"
     return quote(Path(os.path.relpath(report, out)).as_posix()) if report.is_file() else ""

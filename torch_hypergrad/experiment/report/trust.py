@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from .read import Run, setting_of
+from .read import RecordedRun, setting_of
 from .style import count_of, finite, number, percent
 
 # For what no single hyper step can tell; what one can, it has warned of itself, and the run has logged.
@@ -26,13 +26,13 @@ _EXACTNESS = {
 }
 
 
-def doubts(run: Run) -> list[str]:
+def doubts(run: RecordedRun) -> list[str]:
     """What speaks against the hypergradient, one sentence or two for each; empty where nothing does."""
     checks = (_outlier, _many_skipped, _at_bounds)
     return [*logged_warnings(run), *(sentence for check in checks if (sentence := check(run)))]
 
 
-def trust_sentences(run: Run) -> list[str]:
+def trust_sentences(run: RecordedRun) -> list[str]:
     """The doubts, or that there are none, and what no number can tell."""
     method = run.config["method"]["name"]
     if method == "none":
@@ -45,7 +45,7 @@ def trust_sentences(run: Run) -> list[str]:
     return [*found, _EXACTNESS[method]]
 
 
-def logged_warnings(run: Run) -> list[str]:
+def logged_warnings(run: RecordedRun) -> list[str]:
     """What hyper steps warned of, each kind once: how many of them did, and how the last one put it."""
     logged = [line for line in run.hyper if "warnings" in line]
     counts = Counter(kind for line in logged for kind in line["warnings"])
@@ -57,26 +57,26 @@ def logged_warnings(run: Run) -> list[str]:
     ]
 
 
-def _not_logged(run: Run) -> list[str]:
+def _not_logged(run: RecordedRun) -> list[str]:
     """A word on runs of older versions, which logged no warnings."""
     count = sum("warnings" not in line for line in run.hyper)
     return [f"The warnings of {count_of(count, 'hyper step')} were not recorded."] if count else []
 
 
-def late_residual(run: Run) -> float | None:
+def late_residual(run: RecordedRun) -> float | None:
     """Median of the solver's relative residual over the last half of the hyper steps."""
     found = finite([line["residual"] for line in run.hyper if line.get("residual") is not None])
     return float(np.median(found[len(found) // 2 :])) if len(found) else None
 
 
-def _solved(run: Run) -> str:
+def _solved(run: RecordedRun) -> str:
     residual = late_residual(run)
     if residual is None:
         return ""
     return f": the solver left {number(100 * residual, 2)} % of the linear system unsolved"
 
 
-def _outlier(run: Run) -> str | None:
+def _outlier(run: RecordedRun) -> str | None:
     norms = {
         line["step"]: line["hypergradient_norm"]
         for line in run.hyper
@@ -96,7 +96,7 @@ def _outlier(run: Run) -> str | None:
     )
 
 
-def _many_skipped(run: Run) -> str | None:
+def _many_skipped(run: RecordedRun) -> str | None:
     skipped, tried = len(run.skipped), len(run.hyper) + len(run.skipped)
     if not skipped or skipped <= MAX_SKIPPED * tried:
         return None
@@ -110,7 +110,7 @@ def _many_skipped(run: Run) -> str | None:
     )
 
 
-def _at_bounds(run: Run) -> str | None:
+def _at_bounds(run: RecordedRun) -> str | None:
     clipped: Counter[str] = Counter()
     for label, count in (run.hyper[-1].get("clipped") or {}).items() if run.hyper else ():
         clipped[setting_of(label)] += count
@@ -126,7 +126,7 @@ def _at_bounds(run: Run) -> str | None:
     return " ".join(found) or None
 
 
-def _num_values(run: Run, setting: str) -> int | None:
+def _num_values(run: RecordedRun, setting: str) -> int | None:
     """How many values a setting has; None where that is not known yet."""
     ours = {
         name: value for name, value in run.hyper[-1].get("values", {}).items() if setting_of(name) == setting
