@@ -36,7 +36,7 @@ INNER_ORDER = {
     "device": (("capture", "host_memory", "offload", "readings"),),
     "tune": (("granularity",), ("hyperparameter",), ("tuned",), ("hyperparameter_set",), ("hypergradient",)),
     "step": (
-        ("batch",),
+        ("batch", "buffer_calls"),
         ("state",),
         ("live_model", "live_optimizer"),
         ("live", "running"),

@@ -41,6 +41,7 @@ from .step.gradient import GradTransform, Loss
 from .step.live_model import LiveModel
 from .step.live_optimizer import LiveOptimizer
 from .step.problem import make_problem
+from .step.state import Buffers
 from .tune.hyperparameter_set import HyperparameterSet
 from .updates import rule_of
 
@@ -142,6 +143,7 @@ class HyperOptimizer:
         self._watch = Watch(self._problem)
         self._origin = self._problem.live.state()
         self._number = 0
+        self._buffers: Buffers | None = None  # before the window's first step
 
     # ---- training -----------------------------------------------------------------------------------------
 
@@ -167,12 +169,14 @@ class HyperOptimizer:
             state = live.state() if window.reads_states else None
             tampered = None if state is None else self._watch.compare(state, self._number)
             step = live.begin(self._number, batch, tampered)
-            with live.undone_on_error(step, None if state is None else state.buffers):
+            buffers = live.model.buffers() if state is None or state.buffers is None else state.buffers
+            with live.undone_on_error(step, buffers):
                 step, after = window.take(step, state)
             if after is not None:
                 live.write(after)
         if after is not None and window.checks_parameters:
             self._watch.step_written(after)
+        self._buffers = self._buffers or buffers
         self._number += 1
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # LR schedulers look here for the order of calls
         assert step.loss is not None
@@ -280,10 +284,12 @@ class HyperOptimizer:
         asked, readings = self._asked(val_batch, batches, sizes), self._problem.readings
         gradients, norm, statistics = self._hypergradient(asked)
         with put_back_on_error(self._problem, self.hyper_optimizer, self._watch):
+            constants = self._problem.transition.gradient.running.constants(self._buffers or ())
             clipped = move_values(self._hyperparameters, self.hyper_optimizer, gradients, readings)
             readings.read()  # the one time that a hyper step waits for the device
         self._begin_window()
-        return report_of(asked.value(), norm.value, statistics, clipped, self._problem.live.params)
+        params = self._problem.live.params
+        return report_of(asked.value(), norm.value, statistics, clipped, constants.value, params)
 
     def _asked(
         self, val_batch: Any, batches: Iterable[Any] | None, sizes: Sequence[float] | None
@@ -322,6 +328,7 @@ class HyperOptimizer:
     def _begin_window(self) -> None:
         self._window.clear()
         self._watch.reset()
+        self._buffers = None
 
     def __getstate__(self) -> Any:
         raise TypeError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .errors import HypergradientError, NonFiniteError
 from .hyper_optimizer import HyperOptimizer
@@ -79,27 +81,15 @@ def check_hypergradient(
         HypergradientMismatchError: if an entry differs; the message lists the ones that do.
     """
     with torch.random.fork_rng():
-        hyper, buffers = _trained(make, train_batches, seed)
-        for name, p in hyper.model.named_parameters():
-            if p.dtype != torch.float64:
-                raise ValueError(
-                    f"check_hypergradient needs float64, and the parameter {name!r} is {p.dtype}: call "
-                    "model.double() and give float64 batches. Finite differences have no digits left in "
-                    "lower precision."
-                )
-        hypergradient = hyper.hypergradient(val_batch)
+        training = _Training(make, train_batches, val_batch, seed)
         generator = torch.Generator().manual_seed(seed)
         entries = []
-        for name, computed in hypergradient.items():
+        for name, computed in training.hypergradient().items():
             for index in torch.randperm(computed.numel(), generator=generator)[:num_entries].tolist():
-
-                def loss_at(shift: float, name: str = name, index: int = index) -> float:
-                    return _validation_loss(make, train_batches, val_batch, seed, buffers, name, index, shift)
-
-                reference, uncertainty = derivative(loss_at, _width(hyper, name, index))
-                entries.append(
-                    CheckedEntry(name, index, computed.reshape(-1)[index].item(), reference, uncertainty)
-                )
+                width = _width(training.hyper, name, index)
+                reference, uncertainty = derivative(partial(training.loss_at, name, index), width)
+                found = computed.reshape(-1)[index].item()
+                entries.append(CheckedEntry(name, index, found, reference, uncertainty))
     _raise_on_mismatch(entries, rtol, atol)
     return entries
 
@@ -135,59 +125,64 @@ def derivative(function: Callable[[float], float], width: float) -> tuple[float,
     return best, uncertainty
 
 
-def _trained(
-    make: Callable[[], HyperOptimizer],
-    train_batches: Sequence[Any],
-    seed: int,
-    constants: Sequence[Buffers] | None = None,
-    perturb: Callable[[HyperOptimizer], None] | None = None,
-) -> tuple[HyperOptimizer, list[Buffers]]:
-    """A trained HyperOptimizer, and the buffers before each step and at the end; those of ``constants`` are
-    put into the place of buffers that are constants of differentiation."""
-    torch.manual_seed(seed)
-    hyper = make()
-    if perturb is not None:
-        perturb(hyper)
-    found = []
-    torch.manual_seed(seed)
-    problem = hyper._problem
-    moving = problem.transition.gradient.running.places
-    for t in range(len(train_batches) + 1):
-        if constants is not None:
-            now = problem.live.model.buffers()
-            problem.live.model.set_buffers(
-                [n if i in moving else c for i, (n, c) in enumerate(zip(now, constants[t]))]
-            )
-        found.append(problem.live.model.buffers())
-        if t < len(train_batches):
-            hyper.step(train_batches[t])
-    return hyper, found
+class _Training:
+    """Training that is run anew, with the same random numbers and, in the place of buffers that are constants
+    of differentiation, those of the first run."""
 
+    def __init__(
+        self, make: Callable[[], HyperOptimizer], train_batches: Sequence[Any], val_batch: Any, seed: int
+    ) -> None:
+        self._make, self._batches, self._val_batch, self._seed = make, train_batches, val_batch, seed
+        self._constants: list[Buffers] = []
+        self._moving: Container[int] = ()
+        self.hyper, self._constants = self._run()
+        for name, p in self.hyper.model.named_parameters():
+            if p.dtype != torch.float64:
+                raise ValueError(
+                    f"check_hypergradient needs float64, and the parameter {name!r} is {p.dtype}: call "
+                    "model.double() and give float64 batches. Finite differences have no digits left in "
+                    "lower precision."
+                )
 
-def _validation_loss(
-    make: Callable[[], HyperOptimizer],
-    train_batches: Sequence[Any],
-    val_batch: Any,
-    seed: int,
-    constants: Sequence[Buffers],
-    name: str,
-    index: int,
-    shift: float,
-) -> float:
-    def perturb(hyper: HyperOptimizer) -> None:
-        value = hyper.values()[name]
-        value.view(-1)[index] += shift
-        hyper._hyperparameters.set_values({name: value})  # also out of bounds: zero starts have two sides
+    def hypergradient(self) -> dict[str, Tensor]:
+        """That of the first run."""
+        found = self.hyper.hypergradient(self._val_batch)
+        self._moving = self.hyper._problem.transition.gradient.running.moving
+        return found
 
-    hyper, _ = _trained(make, train_batches, seed, constants, perturb)
-    try:
-        return hyper.validation_loss(val_batch).item()
-    except NonFiniteError as error:
-        raise NonFiniteError(
-            f"Training with {name}[{index}] moved by {shift:g} does not end with a finite validation loss, "
-            "so there are no finite differences to compare with. Check at a value where training is stable, "
-            "with fewer steps."
-        ) from error
+    def loss_at(self, name: str, index: int, shift: float) -> float:
+        """The validation loss with one value moved."""
+        hyper, _ = self._run(name, index, shift)
+        try:
+            return hyper.validation_loss(self._val_batch).item()
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"Training with {name}[{index}] moved by {shift:g} does not end with a finite validation "
+                "loss, so there are no finite differences to compare with. Check at a value where training "
+                "is stable, with fewer steps."
+            ) from error
+
+    def _run(
+        self, name: str = "", index: int = 0, shift: float = 0.0
+    ) -> tuple[HyperOptimizer, list[Buffers]]:
+        """A trained HyperOptimizer, and the buffers before each step and at the end."""
+        torch.manual_seed(self._seed)
+        hyper = self._make()
+        if name:
+            value = hyper.values()[name]
+            value.view(-1)[index] += shift
+            hyper._hyperparameters.set_values({name: value})  # also out of bounds: zero starts have two sides
+        model, found = hyper._problem.live.model, []
+        torch.manual_seed(self._seed)
+        for t in range(len(self._batches) + 1):
+            now = model.buffers()
+            if self._constants:
+                pairs = enumerate(zip(now, self._constants[t]))
+                model.set_buffers([own if i in self._moving else constant for i, (own, constant) in pairs])
+            found.append(now)
+            if t < len(self._batches):
+                hyper.step(self._batches[t])
+        return hyper, found
 
 
 def _raise_on_mismatch(entries: Sequence[CheckedEntry], rtol: float, atol: float) -> None:

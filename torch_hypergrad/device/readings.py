@@ -55,7 +55,7 @@ class Readings:
         :meth:`read`."""
         reading = Reading(numbers, conclude)
         if all(map(at_once, numbers)):
-            reading.take(reading.vector().tolist())
+            reading.take(reading.vector().tolist() if numbers else [])
         else:
             self._waiting.append(reading)
         return reading

@@ -24,13 +24,9 @@ class History(ABC):
         """The steps that count, first step first; without batches where these were moved away."""
 
     @abstractmethod
-    def backward(self, way: Way, *, with_buffers: bool) -> Iterator[Linearization]:
-        """The derivative of each step that counts, last step first.
-
-        Args:
-            way: how gradients are traced where no graph was kept.
-            with_buffers: whether derivatives go through buffers.
-        """
+    def backward(self, way: Way) -> Iterator[Linearization]:
+        """The derivative of each step that counts, last step first; ``way`` is how gradients are traced where
+        no graph was kept."""
 
     @abstractmethod
     def clear(self) -> None:

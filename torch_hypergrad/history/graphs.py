@@ -35,13 +35,13 @@ class KeptGraphs(History):
     def steps(self) -> Iterator[Step]:
         return self._snapshots.steps()
 
-    def backward(self, way: Way, *, with_buffers: bool) -> Iterator[Linearization]:
+    def backward(self, way: Way) -> Iterator[Linearization]:
         """Kept graphs are gone through once."""
         for step, state, _ in self._snapshots.visits():
             graph = self._graphs.pop(step.number, None)
             if graph is not None:
                 self._transition.gradient.check_batch(step)
-            yield graph or self._transition.linearize(step, state, way, with_buffers=with_buffers)
+            yield graph or self._transition.linearize(step, state, way)
 
     def clear(self) -> None:
         self._snapshots.clear()

@@ -95,9 +95,9 @@ class Snapshots(History):
         kept = (self._steps[t] for t in range(self._end - len(self), self._end))
         return (step.rest if isinstance(step, Parked) else step for step in kept)
 
-    def backward(self, way: Way, *, with_buffers: bool) -> Iterator[Linearization]:
+    def backward(self, way: Way) -> Iterator[Linearization]:
         for step, state, known in self.visits():
-            yield self._transition.linearize(step, state, way, with_buffers=with_buffers, known=known)
+            yield self._transition.linearize(step, state, way, known)
 
     def visits(self) -> Iterator[tuple[Step, State, Evaluation | None]]:
         """Each step that counts, the state before it, and its gradient if that was kept, last step first.

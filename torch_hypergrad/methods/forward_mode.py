@@ -76,10 +76,9 @@ class ForwardWindow(Window):
         transition, live = self._problem.transition, self._problem.live
         zero = State(tuple(Part(bucket, torch.zeros_like(param), {}) for bucket, param, _ in state.parts))
         with live.standing(state):
-            with_buffers = bool(transition.gradient.running)
-            traced = Reverse(transition.gradient, step, state, with_buffers=with_buffers, is_taken=True)
+            traced = Reverse(transition.gradient, step, state, with_buffers=True, is_taken=True)
             step = taken(step, traced)
-            push = Linearization(transition, step, state, traced).pusher()
+            push = Linearization(transition, step, state, lambda with_buffers: traced).pusher()
             self._directions = [
                 replace(d, tangent=push(d.tangent or zero, {self._all[d.tuned]: self._unit(d)}))
                 for d in self._directions

@@ -139,7 +139,7 @@ class UnrolledWindow(Window):
         largest = last = norm(adjoint.params)
         way, error = self._ways(), None
         with self._kernels():
-            for linearization in self._history.backward(way, with_buffers=adjoint.buffers is not None):
+            for linearization in self._history.backward(way):
                 adjoint = linearization.pull(adjoint, total)
                 largest, error = torch.maximum(largest, norm(adjoint.params)), linearization.error
         growth = torch.where(last > 0, largest / last, torch.ones_like(last))

@@ -38,6 +38,8 @@ class HyperReport:
             exact.
         adjoint_growth: how much the adjoint of the parameters grew over the sweep, at most; None for other
             methods than :class:`Unrolled`.
+        constants: buffers that the window's steps moved and the hypergradient takes for constants: all but
+            running statistics and those that :func:`register_buffers` knows of.
         clipped: for each setting that was projected onto a bound, how many of its values were.
         warnings: why the hypergradient should not be trusted, in sentences; empty if nothing speaks against
             it.
@@ -49,6 +51,7 @@ class HyperReport:
     residual: float | None = None
     product_error: float | None = None
     adjoint_growth: float | None = None
+    constants: list[str] = field(default_factory=list)
     clipped: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -155,12 +158,14 @@ def report_of(
     norm: float,
     asked: dict[str, Any],
     clipped: dict[str, Reading[float]],
+    constants: list[str],
     params: Sequence[Tensor],
 ) -> HyperReport:
     """The report of a hyper step, now that everything has been read."""
     found = Statistics(**{name: n.value if isinstance(n, Reading) else n for name, n in asked.items()})
     counts = {label: int(count.value) for label, count in clipped.items() if count.value}
-    return HyperReport(val_loss, norm, **vars(found), clipped=counts, warnings=warnings_of(found, params))
+    warnings = warnings_of(found, params)
+    return HyperReport(val_loss, norm, **vars(found), constants=constants, clipped=counts, warnings=warnings)
 
 
 class AskedValidation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from .batch import recorded, seen
 from .live_model import LiveModel
 from .live_optimizer import LiveOptimizer
-from .state import Part, PerParameter, State, Step
+from .state import Buffers, Part, PerParameter, State, Step
 
 
 class Live:
@@ -121,10 +121,8 @@ class Live:
         return "the optimizer's state" if self.optimizer.replaced() else None
 
     @contextmanager
-    def undone_on_error(self, step: Step, buffers: Sequence[Tensor | None] | None) -> Iterator[None]:
-        """Puts buffers (None: as they are now), modes and random number generators back if ``step``, just
-        begun, fails."""
-        buffers = self.model.buffers() if buffers is None else buffers
+    def undone_on_error(self, step: Step, buffers: Buffers) -> Iterator[None]:
+        """Puts buffers, modes and random number generators back if ``step``, just begun, fails."""
         try:
             yield
         except BaseException:

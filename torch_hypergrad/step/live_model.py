@@ -38,6 +38,8 @@ class LiveModel:
         self.names, self._tuned = [name for of_group in names for name in of_group], list(tuned)
         self._modules = list(dict.fromkeys(m for root in modules for m in root.modules()))
         self.buffer_places = [(module, name) for module in self._modules for name in module._buffers]
+        paths = {id(m): f"{path}." if path else "" for root in modules for path, m in root.named_modules()}
+        self.buffer_names = [paths[id(module)] + name for module, name in self.buffer_places]
         self._devices = sorted({p.device for p in self.params if p.device.type != "cpu"}, key=str)
         self._kinds = sorted({"cpu", *(device.type for device in self._devices)})
         self._surroundings: Surroundings | None = None

@@ -40,14 +40,23 @@ class Reverse(TracedGradient):
     ) -> None:
         self._stage, self._step, self._state, self._is_kept = stage, step, state, is_kept
         with nullcontext() if state is None else stage.live.at(state, with_buffers=not is_taken):
-            self._trace = trace = stage.running.trace(
-                buffers=with_buffers, padding=True, check=step is not None
-            )
-            if step is None:
-                found = stage.evaluate(batch, create_graph=True, trace=trace)
-            else:
-                found = stage.revisit(step, create_graph=True, trace=trace)
-            self.loss, self.grads = found.loss, stage.transform(found)
+            found = self._evaluated(batch, with_buffers=with_buffers)
+        if self.reads and not with_buffers and state is not None:
+            with stage.live.at(state):  # the loss reads buffers, which earlier steps may have moved
+                found = self._evaluated(batch, with_buffers=True)
+        self.loss, self.grads = found.loss, stage.transform(found)
+
+    def _evaluated(self, batch: Any, *, with_buffers: bool) -> Evaluation:
+        stage, step = self._stage, self._step
+        self._trace = stage.running.trace(buffers=with_buffers, padding=True, check=step is not None)
+        if step is None:
+            return stage.evaluate(batch, create_graph=True, trace=self._trace)
+        return stage.revisit(step, create_graph=True, trace=self._trace)
+
+    @property
+    def reads(self) -> bool:
+        """Whether the loss reads buffers."""
+        return self._trace.reads
 
     @contextmanager
     def _going_back(self) -> Iterator[None]:
@@ -78,8 +87,8 @@ class Reverse(TracedGradient):
         found = iter(self._pulled(adj_grads, [*params, *tensors, *trace.leaves], adj_buffers, again=False))
         products = self._spread(found)
         mixed = [next(found) for _ in tensors]
-        buffers = None if adj_buffers is None else trace.placed([next(found) for _ in trace.before])
-        trace.add_rows(products, list(found)[-len(trace.pads) :] if trace.pads else [])
+        buffers = trace.placed([next(found) for _ in trace.before], adj_buffers)
+        trace.add_rows(products, list(found))
         return Products(products, mixed, buffers)
 
     def product(self, v: PerParameter) -> list[Tensor | None]:
@@ -93,7 +102,7 @@ class Reverse(TracedGradient):
 
     def pusher(
         self,
-    ) -> Callable[[PerParameter, Sequence[Tensor | None], Buffers | None], tuple[list, Buffers]]:
+    ) -> Callable[[PerParameter, Sequence[Tensor | None], Buffers | None], tuple[list, Buffers | None]]:
         """From tangents of parameters, tuned tensors and buffers to those of the gradient and of the buffers
         after the loss, exactly."""
         trace, active = self._trace, [i for i, g in enumerate(self.grads) if g is not None]
@@ -114,7 +123,7 @@ class Reverse(TracedGradient):
             with self._going_back():
                 found = push(tangents)
             grads = dict(zip(active, found))
-            return [grads.get(i) for i in range(len(self.grads))], trace.placed(found[len(active) :])
+            return [grads.get(i) for i in range(len(self.grads))], trace.placed(found[len(active) :], buffers)
 
         return push_all
 

@@ -2,32 +2,29 @@
 them.
 
 torch writes running statistics outside autograd, and its kernels have no derivative in them. While a loss is
-traced, hooks compute beside each call of a module what its buffers are after it, with a graph; and add to
-what it returns nothing, but a nothing that depends on the buffers as the output does. Derivatives:
+traced, what the buffers are after each call is computed beside it, with a graph; and to what the call returns
+nothing is added, but a nothing that depends on the buffers as the output does. Derivatives:
 ``docs/notation.md``.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..device.readings import Readings
+from ..device.readings import Reading, Readings
 from ..errors import HypergradientError, NotTwiceDifferentiableError
 from ..ground.autodiff import leaf
+from .buffer_calls import Call, Values, intercepted
 from .live_model import LiveModel
-from .state import Buffers, PerParameter
+from .state import Buffers, PerParameter, differ
 
-Values: TypeAlias = Mapping[str, Tensor]
 After: TypeAlias = Callable[..., Values]
 Reads: TypeAlias = Callable[..., "Tensor | None"]
 
@@ -78,22 +75,14 @@ def register_buffers(module_type: type[nn.Module], *, after: After, reads: Reads
 
 
 def _rule_of(module: nn.Module) -> BufferRule | None:
-    kind = type(module)
-    base = next((base for base in kind.__mro__ if base in _RULES), None)
-    if base is None:
-        return None
-    if kind.forward is base.forward or kind.__module__.startswith("torch.nn."):
-        return _RULES[base]
-    warnings.warn(
-        f"{kind.__name__} has a forward of its own, so that hypergradients take its running statistics for "
-        "constants. Say how they move with torch_hypergrad.register_buffers.",
-        stacklevel=5,
-    )
-    return None
+    base = next((base for base in type(module).__mro__ if base in _RULES), None)
+    return None if base is None or type(module).forward is not base.forward else _RULES[base]
 
 
 class RunningBuffers:
-    """What of a model's buffers has a rule, and which embeddings have a padding row.
+    """What of a model's buffers moves by rules: what normalizations get as running statistics, and buffers of
+    modules that :func:`register_buffers` knows. And padding rows of embeddings, which derivatives of
+    gradients leave out.
 
     Args:
         readings: where is asked, once a loss was traced, whether the buffers are what the rules say.
@@ -101,53 +90,63 @@ class RunningBuffers:
 
     def __init__(self, live: LiveModel, readings: Readings) -> None:
         self.live, self.readings = live, readings
-        self.modules: dict[nn.Module, tuple[BufferRule, dict[str, int]]] = {}
         places = {place: i for i, place in enumerate(live.buffer_places)}
-        for module in live.modules:
-            held = {
-                n: places[module, n]
-                for n, b in module._buffers.items()
-                if b is not None and b.is_floating_point()
-            }
-            rule = _rule_of(module) if held else None
-            if rule is not None:
-                self.modules[module] = rule, held
-        embeddings = [
-            m for m in live.modules if isinstance(m, nn.Embedding) and m._parameters.get("weight") is not None
-        ]
-        self.padded = [module for module in embeddings if module.padding_idx is not None]
+        self.floats = {
+            i for (m, n), i in places.items() if (b := m._buffers[n]) is not None and b.is_floating_point()
+        }
+        self.ruled = [(m, rule) for m in live.modules if (rule := _rule_of(m)) is not None]
+        self.moving = {places[m, name] for m, _ in self.ruled for name in m._buffers} & self.floats
+        self.are_intercepted = self.moving != self.floats
         self.indices = {id(p): i for i, p in enumerate(live.params)}
-        self._nothing = Trace(self, {}, [], check=False)
+        embeddings = [m for m in live.modules if isinstance(m, nn.Embedding) and m.padding_idx is not None]
+        self.padding = {
+            (self.indices[id(m.weight)], m.padding_idx) for m in embeddings if id(m.weight) in self.indices
+        }
+        self._nothing = Trace(self, buffers=False, padding=False, check=False)
 
     def __bool__(self) -> bool:
-        """Whether any buffer has a rule."""
-        return bool(self.modules)
-
-    @property
-    def places(self) -> set[int]:
-        """Where the buffers with a rule stand among all."""
-        return {i for _, held in self.modules.values() for i in held.values()}
+        """Whether there may be any."""
+        return bool(self.floats)
 
     def trace(self, *, buffers: bool, padding: bool = False, check: bool = True) -> Trace:
         """To trace one loss with.
 
         Args:
-            buffers: trace the buffers.
-            padding: trace the padding rows of embeddings: second derivatives leave them out.
+            buffers: trace the buffers; if not, only note whether the loss reads them.
+            padding: trace the padding rows of embeddings.
             check: ask whether the buffers are what their rules say; not in what is recorded to be replayed.
         """
-        modules, padded = self.modules if buffers else {}, self.padded if padding else []
-        return Trace(self, modules, padded, check=check) if modules or padded else self._nothing
+        padding = padding and bool(self.padding)
+        if not self.floats and not padding:
+            return self._nothing
+        return Trace(self, buffers=buffers and bool(self.floats), padding=padding, check=check)
 
-    def _padding_rows(self) -> list[tuple[int, int]]:
-        """For each embedding with a padding row, the number of its parameter, and of the row."""
-        found = [(self.indices.get(id(module.weight), -1), module.padding_idx) for module in self.padded]
-        return [(i, row) for i, row in found if i >= 0 and row is not None]
+    def buffer(self, i: int) -> Tensor:
+        """A floating-point buffer as it stands."""
+        module, name = self.live.buffer_places[i]
+        return module._buffers[name]  # type: ignore[return-value]
+
+    def places(self, **buffers: Tensor | None) -> dict[str, int]:
+        """Where buffers stand that a function was given; empty if they are not all the model's."""
+        known = {id(self.buffer(i)): i for i in self.floats}
+        found = {name: known.get(id(buffer), -1) for name, buffer in buffers.items()}
+        return found if min(found.values()) >= 0 else {}
+
+    def constants(self, before: Buffers) -> Reading[list[str]]:
+        """The names of the buffers that have moved since they were ``before``, and have no rule."""
+        places = sorted(self.floats - self.moving)
+        pairs = [(before[i], self.buffer(i)) for i in places]
+        flags = [
+            differ(old, new) if old is not None and old.shape == new.shape else _yes(new)
+            for old, new in pairs
+        ]
+        names = [self.live.buffer_names[i] for i in places]
+        return self.readings.ask(flags, lambda moved: [name for name, flag in zip(names, moved) if flag])
 
     def without_padding(self, v: PerParameter) -> list[Tensor | None]:
         """``v`` without the padding rows, which the gradient of an embedding does not have."""
         kept = list(v)
-        for i, row in self._padding_rows():
+        for i, row in self.padding:
             part = kept[i]
             if part is not None:
                 kept[i] = part = part.clone()
@@ -157,10 +156,14 @@ class RunningBuffers:
     def refuse_moving_padding(self, grads: PerParameter) -> None:
         """Refuses a padding row with a gradient, where derivatives of gradients are taken for symmetric: the
         gradient that torch gives is then none of any function."""
-        found = [(grads[i], row) for i, row in self._padding_rows()]
+        found = [(grads[i], row) for i, row in self.padding]
         rows = [g[row].detach().abs().amax() for g, row in found if g is not None]
         if rows:
             self.readings.ask(rows, _refuse_padding)
+
+
+def _yes(like: Tensor) -> Tensor:
+    return torch.ones((), dtype=torch.bool, device=like.device)
 
 
 def _refuse_padding(sizes: Sequence[float]) -> None:
@@ -173,58 +176,62 @@ def _refuse_padding(sizes: Sequence[float]) -> None:
         )
 
 
-class Call(NamedTuple):
-    """One call of a module whose buffers have a rule."""
-
-    rule: BufferRule
-    held: Mapping[str, int]
-    module: nn.Module
-    args: Any
-    kwargs: Any
-
-    def buffers(self, values: Mapping[int, Tensor]) -> Values:
-        """The module's own among all."""
-        return {name: values[i] for name, i in self.held.items()}
-
-
 class Trace:
     """How buffers followed from one loss.
 
-    ``before`` are the buffers with a rule before the loss, by place, leaves of its graph; ``after`` the same
-    after it, with graph; ``pads`` for each embedding with a padding row the number of its parameter (-1: none
-    of the optimizer's) and the row as it was read; ``num_padded`` counts calls of these.
+    ``before`` are the buffers before the loss, by place, leaves of its graph; ``after`` the same after it,
+    with graph; ``rows`` the padding rows that were read, leaves too, by number of parameter and row, and
+    ``num_padded`` the calls that read them; ``reads`` is whether the loss reads buffers.
     """
 
-    def __init__(
-        self,
-        running: RunningBuffers,
-        modules: Mapping[nn.Module, Any],
-        padded: Sequence[nn.Embedding],
-        *,
-        check: bool,
-    ) -> None:
-        self._running, self._modules, self._padded, self._check = running, modules, padded, check
-        self._calls: list[Call] = []
-        self._calls_again: list[nn.Module] = []
-        self._is_computed = self._is_over = self._reads_moved = False
+    def __init__(self, running: RunningBuffers, *, buffers: bool, padding: bool, check: bool) -> None:
+        self._running, self._buffers, self._padding, self._check = running, buffers, padding, check
+        self._calls: dict[tuple[int, ...], list[Call]] = {}
+        self._calls_again: list[tuple[int, ...]] = []
+        self._is_computed = self._is_over = False
+        self._moved, self._read, self._read_late = set[int](), set[int](), set[int]()
+        self._is_stale = False
+        self.before: dict[int, Tensor] = {}
+        self.after: dict[int, Tensor] = {}
+        self.rows: dict[tuple[int, int], Tensor] = {}
         self.num_padded = 0
-        self.before = {i: leaf(module._buffers[name].clone()) for module, name, i in self._held()}  # type: ignore[union-attr]
-        self.after: dict[int, Tensor] = dict(self.before)
-        self.pads = {
-            m: (running.indices.get(id(m.weight), -1), leaf(m.weight[m.padding_idx])) for m in padded
-        }
+        for i in running.moving if buffers else ():
+            self._begin(i)
+
+    @property
+    def reads(self) -> bool:
+        """Whether the loss reads buffers."""
+        return bool(self._read)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the gradient made calls again."""
+        return bool(self._calls_again)
+
+    def begin(self, **buffers: Tensor | None) -> dict[str, int]:
+        """Before a call that is given buffers: where these stand, empty if they are none of the model's."""
+        held = self._running.places(**buffers)
+        self._running.moving.update(held.values())
+        for i in held.values() if self._buffers else ():
+            self._begin(i)
+        return held
+
+    def _begin(self, i: int) -> None:
+        if i not in self.before:
+            self.before[i] = self.after[i] = leaf(self._running.buffer(i).clone())
 
     def hooked(self) -> AbstractContextManager[Any]:
-        """Inside, calls of the modules are followed. Backward passes may call them again (checkpointing), so
-        they belong inside another such block."""
-        if not self._modules and not self._padded:
+        """Inside, calls are followed. Backward passes may call again (checkpointing), so they belong inside
+        another such block."""
+        running = self._running
+        if not running.floats and not self._padding:
             return nullcontext()
         stack = ExitStack()
-        for module, (rule, held) in self._modules.items():
-            hook = partial(self._follow, rule, held)
+        for module, rule in running.ruled:
+            hook = partial(self._follow_module, rule)
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-        for module in self._padded:
-            stack.callback(module.register_forward_hook(self._pad).remove)
+        if running.are_intercepted or self._padding:
+            stack.enter_context(intercepted(self))
         return stack
 
     def computed(self) -> None:
@@ -233,158 +240,130 @@ class Trace:
         self._is_computed = True
 
     def refuse_reading_moved(self) -> None:
-        """Refuses a loss whose gradient would go through buffers, as that of the user's training does not.
+        """Refuses a loss whose own gradient is not what it seems: buffers are read, and written to before the
+        gradient is taken.
 
         Raises:
             HypergradientError: if so.
         """
-        if self._reads_moved:
+        if self._is_stale:
             raise HypergradientError(
-                "The training loss calls a module that reads buffers which an earlier call in the same loss "
-                "has moved: BatchNorm in evaluation mode after a call in train mode, for instance. "
-                "Hypergradients do not go through that. Call it in one mode, or give it the batches at once."
+                "The training loss reads buffers that it also moves, in different calls: a BatchNorm that "
+                "is called in evaluation mode and in train mode, for instance. torch's gradient takes what "
+                "was read for a constant, and BatchNorm's reads it as it is later. Hypergradients do not go "
+                "through that: call the layer in one mode."
             )
 
     def end(self) -> None:
-        """The gradient has been computed too. Modules that it called again have moved their buffers once
-        more, by the same statistics."""
+        """The gradient has been computed too. Calls that it made again have moved their buffers once more, by
+        the same statistics."""
         self._is_over = True
-        waiting = {
-            module: [call for call in self._calls if call.module is module] for module in self._modules
-        }
-        for module in self._calls_again:
-            call = waiting[module].pop(0)
-            waiting[module].append(call)
-            self._move(call)
+        for places in self._calls_again:
+            calls = self._calls[places]
+            calls.append(calls.pop(0))
+            self._move(calls[-1])
         if self.before and self._check:
-            ratios = [self._mismatch(module, name, i) for module, name, i in self._held()]
+            ratios = [self._mismatch(i) for i in self.before]
             self._running.readings.ask([torch.stack([r.to(ratios[0]) for r in ratios])], self._refuse)
 
-    def _held(self) -> list[tuple[nn.Module, str, int]]:
-        return [(module, name, i) for module, (_, held) in self._modules.items() for name, i in held.items()]
-
-    def _mismatch(self, module: nn.Module, name: str, i: int) -> Tensor:
+    def _mismatch(self, i: int) -> Tensor:
         """How far a buffer is from what its rule says, in units of what rounding may do."""
-        said, actual = self.after[i].detach(), module._buffers[name]
+        said, actual = self.after[i].detach(), self._running.buffer(i).detach()
         tolerance = torch.finfo(said.dtype).eps ** 0.5 * (1 + said.abs().amax())
-        return ((actual - said).abs().amax() / tolerance).detach()  # type: ignore[operator]
+        return (actual - said).abs().amax() / tolerance
 
     def _refuse(self, ratios: Sequence[float]) -> None:
-        for (module, name, _), ratio in zip(self._held(), ratios):
+        for i, ratio in zip(self.before, ratios):
             if ratio > 1:
+                module, name = self._running.live.buffer_places[i]
                 raise HypergradientError(
                     f"The buffer {name!r} of a {type(module).__name__} is not what it should be after the "
                     "loss, so its derivative would be wrong. Likely causes: somebody else writes to it, "
-                    "modules share it, the module is compiled or called through torch.func.functional_call, "
-                    "or a rule of register_buffers says something else than forward does."
+                    "modules share it, the module is compiled, or a rule of register_buffers says something "
+                    "else than forward does."
                 )
 
-    def _follow(
-        self,
-        rule: BufferRule,
-        held: Mapping[str, int],
-        module: nn.Module,
-        args: Any,
-        kwargs: Any,
-        output: Any,
-    ) -> Any:
-        """After a call of a module: moves its buffers on, and gives the output their derivative."""
-        call = Call(rule, held, module, args, kwargs)
-        now = call.buffers(self.before if self._is_computed else self.after)
-        read = None if rule.reads is None else rule.reads(module, now, *args, **kwargs)
-        if read is not None and rule.reads is not None:
-            self._reads_moved |= any(self.after[i] is not self.before[i] for i in held.values())
-            fixed = {name: buffer.detach() for name, buffer in now.items()}
-            same = rule.reads(module, fixed, *args, **kwargs)
+    def _follow_module(self, rule: BufferRule, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        places = {place: i for i, place in enumerate(self._running.live.buffer_places)}
+        held = {name: i for name in module._buffers if (i := places[module, name]) in self._running.floats}
+
+        def after(buffers: Values) -> Values:
+            return rule.after(module, buffers, *args, **kwargs)
+
+        def reads(buffers: Values) -> Tensor | None:
+            return None if rule.reads is None else rule.reads(module, buffers, *args, **kwargs)
+
+        return self.follow(Call(held, after, reads), output)
+
+    def follow(self, call: Call, output: Any) -> Any:
+        """After a call: moves its buffers on, and gives the output their derivative."""
+        places = tuple(call.held.values())
+        if not self._buffers:
+            with torch.no_grad():
+                if call.reads({name: self._running.buffer(i) for name, i in call.held.items()}) is not None:
+                    self._read.update(places)
+            return output
+        now = call.values(self.before if self._is_computed else self.after)
+        read = call.reads(now)
+        if read is not None:
+            self._read.update(places)
+            self._read_late.update(places if call.reads_late else ())
+            self._is_stale |= not self._moved.isdisjoint(places)
+            same = call.reads({name: buffer.detach() for name, buffer in now.items()})
             output = output + (read - same).to(output.dtype)  # type: ignore[operator]
-        if not self._is_computed:
-            self._calls.append(call)
-            self._move(call)
+        if self._is_computed:
+            call.after(now)  # as checkpointing needs it: what was done before
+            self._calls_again += [] if self._is_over else [places]
         else:
-            rule.after(module, now, *args, **kwargs)  # as checkpointing needs it: what was done before
-            if not self._is_over:
-                self._calls_again.append(module)
+            self._calls.setdefault(places, []).append(call)
+            self._move(call)
         return output
 
     def _move(self, call: Call) -> None:
-        moved = call.rule.after(call.module, call.buffers(self.after), *call.args, **call.kwargs)
-        self.after.update({call.held[name]: value for name, value in moved.items()})
+        for name, value in call.after(call.values(self.after)).items():
+            self.after[call.held[name]] = value
+            self._moved.add(call.held[name])
+            self._is_stale |= call.held[name] in self._read_late
 
-    def _pad(self, module: nn.Embedding, args: Any, output: Tensor) -> Tensor:
-        """After a call of an embedding: gives the padding row that was read its derivative."""
+    def pad(self, ids: Tensor, weight: Tensor, padding_idx: int, output: Tensor) -> Tensor:
+        """After a look-up: gives the padding row that was read its derivative."""
+        if not self._padding:
+            return output
+        key = self._running.indices.get(id(weight), -1), padding_idx % len(weight)
+        if key[0] < 0:
+            return output
+        self._running.padding.add(key)
+        if key not in self.rows:
+            self.rows[key] = leaf(weight[key[1]])
         self.num_padded += not self._is_computed
-        return torch.where((args[0] == module.padding_idx)[..., None], self.pads[module][1], output)
+        return torch.where((ids == key[1])[..., None], self.rows[key], output)
 
     @property
     def leaves(self) -> list[Tensor]:
         """What the loss read besides parameters and tuned tensors: buffers, then padding rows."""
-        return [*self.before.values(), *(row for _, row in self.pads.values())]
+        return [*self.before.values(), *self.rows.values()]
 
     def at(self, buffers: Buffers | None) -> list[Tensor | None]:
         """One tensor for each of ``after``, of one for each buffer; None for zero."""
         return [None if buffers is None else buffers[i] for i in self.after]
 
-    def placed(self, tensors: Sequence[Tensor | None]) -> Buffers:
-        """The transpose: one tensor for each buffer, of one for each of ``before``."""
-        found = dict(zip(self.before, tensors))
-        return tuple(found.get(i) for i in range(len(self._running.live.buffer_places)))
+    def placed(self, tensors: Sequence[Tensor | None], others: Buffers | None = None) -> Buffers | None:
+        """One tensor for each buffer, of one for each of ``before``, and of ``others`` for the buffers that
+        the loss had nothing to do with; None if all are zero."""
+        found = list(others or [None] * len(self._running.live.buffer_places))
+        for i, tensor in zip(self.before, tensors):
+            found[i] = tensor
+        return None if all(tensor is None for tensor in found) else tuple(found)
 
-    def row_tangents(self, tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def row_tangents(self, tangents: PerParameter) -> list[Tensor | None]:
         """The tangents of the padding rows, of those of the parameters."""
-        whole = [(m, None if i < 0 else tangents[i]) for m, (i, _) in self.pads.items()]
-        return [None if tangent is None else tangent[m.padding_idx] for m, tangent in whole]
+        return [None if (whole := tangents[i]) is None else whole[row] for i, row in self.rows]
 
     def add_rows(self, products: list[Tensor | None], rows: Sequence[Tensor | None]) -> None:
         """The transpose: adds what belongs to padding rows to the products of their parameters."""
-        for (module, (i, _)), row in zip(self.pads.items(), rows):
-            if row is not None and i >= 0:
+        for (i, row), part in zip(self.rows, rows):
+            if part is not None:
                 before = products[i]
-                whole = torch.zeros_like(module.weight.detach()) if before is None else before.clone()
-                whole[module.padding_idx] += row
+                whole = torch.zeros_like(self._running.live.params[i]) if before is None else before.clone()
+                whole[row] += part
                 products[i] = whole
-
-
-# ---- the normalizations of torch -------------------------------------------------------------------------
-
-
-def _moved(module: Any, buffers: Values, mean: Tensor, var: Tensor, weight: float | Tensor) -> Values:
-    stats = {"running_mean": mean, "running_var": var}
-    return {name: buffers[name] + (stat - buffers[name]) * weight for name, stat in stats.items()}
-
-
-def batch_norm_after(module: _BatchNorm, buffers: Values, x: Tensor) -> Values:
-    """``r' = (1 - m) r + m stat``, with the unbiased variance; a momentum of None takes ``m = 1 / number of
-    calls``."""
-    if not module.training or not module.track_running_stats or module.running_mean is None:
-        return {}
-    dims = [d for d in range(x.ndim) if d != 1]
-    var, mean = torch.var_mean(x.to(buffers["running_mean"].dtype), dims)
-    weight: Any = module.momentum
-    if weight is None:
-        weight = 1 / module.num_batches_tracked.to(mean)  # type: ignore[union-attr]  # forward has counted this call
-    return _moved(module, buffers, mean, var, weight)
-
-
-def instance_norm_after(module: _InstanceNorm, buffers: Values, x: Tensor) -> Values:
-    """The same with the mean over the examples of each one's mean and variance."""
-    if not module.training or not module.track_running_stats or module.running_mean is None:
-        return {}
-    x = x if x.dim() > module._get_no_batch_dim() else x[None]
-    var, mean = torch.var_mean(x.to(buffers["running_mean"].dtype), list(range(2, x.ndim)))
-    return _moved(module, buffers, mean.mean(0), var.mean(0), module.momentum or 0.0)
-
-
-def norm_reads(module: _NormBase, buffers: Values, x: Tensor) -> Tensor | None:
-    """``(x - mean) / sqrt(var + eps) * weight + bias`` in evaluation mode."""
-    if module.training or module.running_mean is None:
-        return None
-    has_batch = not isinstance(module, _InstanceNorm) or x.dim() > module._get_no_batch_dim()
-    shape = [-1] + [1] * (x.ndim - (2 if has_batch else 1))
-    mean, var = (buffers[name].reshape(shape) for name in ("running_mean", "running_var"))
-    y = (x - mean) * (var + module.eps).rsqrt()
-    y = y if module.weight is None else y * module.weight.reshape(shape)
-    return y if module.bias is None else y + module.bias.reshape(shape)
-
-
-register_buffers(_BatchNorm, after=batch_norm_after, reads=norm_reads)
-register_buffers(_InstanceNorm, after=instance_norm_after, reads=norm_reads)

@@ -44,16 +44,20 @@ class FirstOrder(TracedGradient):
         if known is None:
             with stage.live.at(state):
                 known = stage.revisit(step)
-        self._known, self.loss = known, known.loss
+        self._known, self.loss, self._recomputes = known, known.loss, False
         self.grads = stage.transform(known, keep=True)
         stage.running.refuse_moving_padding(known.grads)
 
     def pull(self, adj_grads: PerParameter, adj_buffers: Buffers | None = None) -> Products:
         direction, direct = self._through_transform(adj_grads)
-        found = [self._along(direction, with_buffers=adj_buffers is not None), Products([], direct)]
+        along, reads = self._along(direction, with_buffers=adj_buffers is not None)
+        if reads and adj_buffers is None:  # the loss reads buffers, which earlier steps may have moved
+            along, _ = self._along(direction, with_buffers=True)
+        found = [along, Products([], direct)]
         if adj_buffers is not None:
             with self._stage.live.at(self._state):
-                found.append(Products(*self._stage.pull_buffers(self._step, adj_buffers)))
+                pulled = self._stage.pull_buffers(self._step, adj_buffers, recomputes=self._recomputes)
+            found.append(Products(*pulled))
         return _summed(found)
 
     def product(self, v: PerParameter) -> list[Tensor | None]:
@@ -63,9 +67,10 @@ class FirstOrder(TracedGradient):
         return self.pull(v).tensors if self._stage.tensors else []
 
     @abstractmethod
-    def _along(self, direction: PerParameter, *, with_buffers: bool = False) -> Products:
+    def _along(self, direction: PerParameter, *, with_buffers: bool) -> tuple[Products, bool]:
         """Derivative of the gradient before its transformation, along ``direction`` in the parameters: as the
-        second derivative is symmetric, it is the product with the transpose."""
+        second derivative is symmetric, it is the product with the transpose. And whether the loss reads
+        buffers."""
 
     def _through_transform(self, adj_grads: PerParameter) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """The adjoint of the gradient before its transformation, and what goes to tuned tensors on the
@@ -83,21 +88,25 @@ class FirstOrder(TracedGradient):
     def _gradients(self, *, with_buffers: bool, **options: Any) -> tuple[list[Tensor | None], Trace]:
         """Gradients in parameters, tuned tensors and buffers, with the model as it stands."""
         stage, trace = self._stage, self._stage.running.trace(buffers=with_buffers, padding=True)
-        also = [*stage.tensors, *trace.before.values()]
+
+        def also() -> list[Tensor]:
+            return [*stage.tensors, *trace.before.values()]
+
         found = stage.revisit(self._step, also=also, trace=trace, **options)
         return [*found.grads, *found.others], trace
 
-    def _products(self, found: Sequence[Tensor | None], trace: Trace, *, with_buffers: bool) -> Products:
+    def _products(self, found: Sequence[Tensor | None], trace: Trace) -> tuple[Products, bool]:
         num_params, num_tensors = len(self._stage.live.params), len(self._stage.tensors)
-        buffers = trace.placed(found[num_params + num_tensors :]) if with_buffers else None
-        return Products(list(found[:num_params]), list(found[num_params : num_params + num_tensors]), buffers)
+        self._recomputes = trace.recomputes
+        tensors, buffers = found[num_params : num_params + num_tensors], found[num_params + num_tensors :]
+        return Products(list(found[:num_params]), list(tensors), trace.placed(buffers)), trace.reads
 
 
 class Forward(FirstOrder):
     """Forward over reverse: the gradient computed with dual numbers. Exact, and keeps no graph of a
     gradient."""
 
-    def _along(self, direction: PerParameter, *, with_buffers: bool = False) -> Products:
+    def _along(self, direction: PerParameter, *, with_buffers: bool) -> tuple[Products, bool]:
         _load_dual_formulas()
         stage = self._stage
         with (
@@ -112,7 +121,7 @@ class Forward(FirstOrder):
                         p.copy_(forward_ad.make_dual(p.detach(), v.reshape(p.shape)))
             found, trace = self._gradients(dual=True, with_buffers=with_buffers)
             tangents = [None if dual is None else forward_ad.unpack_dual(dual).tangent for dual in found]
-        return self._products(tangents, trace, with_buffers=with_buffers)
+        return self._products(tangents, trace)
 
 
 class StepSize:
@@ -162,13 +171,13 @@ class FiniteDifference(FirstOrder):
     def error(self) -> Tensor | None:  # type: ignore[override]
         return self._step_size.error
 
-    def _along(self, direction: PerParameter, *, with_buffers: bool = False) -> Products:
+    def _along(self, direction: PerParameter, *, with_buffers: bool) -> tuple[Products, bool]:
         length = norm(direction)
         scale = (1 + norm(self._state.params)) / length.masked_fill(~(length > 0), 1)
         unit = max(torch.finfo(param.dtype).eps for param in self._state.params)
         difference = partial(self._difference, direction, with_buffers=with_buffers)
         relative = self._step_size.choose(unit, lambda step: difference(step * scale)[0])
-        return self._products(*difference(relative * scale), with_buffers=with_buffers)
+        return self._products(*difference(relative * scale))
 
     def _difference(
         self, direction: PerParameter, distance: Tensor, *, with_buffers: bool
@@ -196,31 +205,38 @@ class Replayed(FirstOrder):
 
     def pull(self, adj_grads: PerParameter, adj_buffers: Buffers | None = None) -> Products:
         direction, direct = self._through_transform(adj_grads)
-        return _summed([self._replay(direction, adj_buffers), Products([], direct)])
+        found, reads = self._replay(direction, adj_buffers)
+        if reads and adj_buffers is None:
+            running = self._stage.running
+            zeros = [torch.zeros_like(running.buffer(i)) for i in running.floats]
+            places = dict(zip(running.floats, zeros))
+            found, _ = self._replay(direction, tuple(map(places.get, range(len(running.live.buffer_places)))))
+        return _summed([found, Products([], direct)])
 
-    def _along(self, direction: PerParameter, *, with_buffers: bool = False) -> Products:
+    def _along(self, direction: PerParameter, *, with_buffers: bool) -> tuple[Products, bool]:
         return self._replay(direction, None)
 
-    def _replay(self, direction: PerParameter, adj_buffers: Buffers | None) -> Products:
+    def _replay(self, direction: PerParameter, adj_buffers: Buffers | None) -> tuple[Products, bool]:
         stage, state = self._stage, self._state
         if state.buffers is not None:
             stage.live.model.set_buffers(state.buffers)
         stage.return_to(self._step)
         values = state.per_parameter(len(stage.live.params))
-        loss, products = self._captured((values, self._step.batch, list(direction), adj_buffers))
+        inputs = values, self._step.batch, list(direction), adj_buffers
+        loss, products, reads = self._captured(inputs)
         stage.compare(self._step, loss)
-        return Products(*products)
+        return Products(*products), reads
 
 
-def double_backward(stage: GradientStage, inputs: Any) -> tuple[Tensor, Products]:
-    """The loss, and the products with the derivative of the gradient, in the current surroundings: of the
-    parameters' values, a batch, a direction, and the adjoints of the buffers."""
+def double_backward(stage: GradientStage, inputs: Any) -> tuple[Tensor, Products, bool]:
+    """The loss, the products with the derivative of the gradient, and whether the loss reads buffers, in the
+    current surroundings: of the parameters' values, a batch, a direction, and the adjoints of the buffers."""
     values, batch, direction, adj_buffers = inputs
     before = stage.live.model.point_to(values)
     try:
         traced = Reverse(stage, None, None, with_buffers=adj_buffers is not None, batch=batch)
         assert traced.loss is not None
-        return traced.loss.detach(), traced.pull(direction, adj_buffers)
+        return traced.loss.detach(), traced.pull(direction, adj_buffers), traced.reads
     finally:
         stage.live.model.point_back(before)
 

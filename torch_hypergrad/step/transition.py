@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -48,76 +49,71 @@ class Transition:
         after = self.update.apply(state, self.gradient.transform(found), step)
         return replace(after, buffers=self.gradient.live.model.buffers())
 
-    def linearize(
-        self, step: Step, state: State, way: Way, *, with_buffers: bool, known: Evaluation | None = None
-    ) -> Linearization:
+    def linearize(self, step: Step, state: State, way: Way, known: Evaluation | None = None) -> Linearization:
         """The derivative of a recorded step at the state before it.
 
         Args:
             way: how the gradient is traced.
-            with_buffers: whether derivatives go through buffers.
             known: the gradient before any transformation, where it was kept.
         """
-        return Linearization(
-            self, step, state, way(self.gradient, step, state, with_buffers=with_buffers, known=known)
-        )
+        trace = partial(way, self.gradient, step, state, known=known)
+        return Linearization(self, step, state, lambda with_buffers: trace(with_buffers=with_buffers))
 
     def linearize_taken(self, step: Step, state: State) -> tuple[Step, State, Linearization]:
         """Takes ``step`` from the current state and keeps its graph: the step with what came out of it, the
         state after it, and its derivative, which stays valid when training goes on."""
         stage = self.gradient
         with stage.live.model.copied_buffers():
-            gradient = Reverse(
-                stage, step, state, with_buffers=bool(stage.running), is_taken=True, is_kept=True
-            )
+            gradient = Reverse(stage, step, state, with_buffers=True, is_taken=True, is_kept=True)
         step = taken(step, gradient)
-        return (
-            step,
-            self.update.apply(state, gradient.grads, step),
-            Linearization(self, step, state, gradient),
-        )
+        after = self.update.apply(state, gradient.grads, step)
+        return step, after, Linearization(self, step, state, lambda with_buffers: gradient)
 
 
-@dataclass(frozen=True)
 class Linearization:
-    """The derivative of one step at one state."""
+    """The derivative of one step at one state.
 
-    transition: Transition
-    step: Step
-    state: State
-    gradient: TracedGradient
+    Args:
+        trace: gives the gradient at the state, with or without the buffers after it.
+    """
 
-    @property
-    def error(self) -> Tensor | None:
-        """Estimated relative error of the products so far; None if they are exact."""
-        return self.gradient.error
+    def __init__(
+        self, transition: Transition, step: Step, state: State, trace: Callable[[bool], TracedGradient]
+    ) -> None:
+        self._transition, self._step, self._state, self._trace = transition, step, state, trace
+        self.error: Tensor | None = None
+        """Estimated relative error of the products in :meth:`pull`; None if they are exact."""
 
     def pull(self, adjoint: State, into: Hypergradient) -> State:
         """From the adjoint of the state after the step to that of the state before it; what goes to
         hyperparameters is added to ``into``. Can be called once."""
-        update = self.transition.update
-        fine = update.refined(self.state, self.step.active)
-        before, adj_grads = update.pull(fine, self.gradient.grads, self.step, adjoint, into)
-        products = self.gradient.pull(adj_grads, adjoint.buffers)
+        update, gradient = self._transition.update, self._trace(adjoint.buffers is not None)
+        fine = update.refined(self._state, self._step.active)
+        before, adj_grads = update.pull(fine, gradient.grads, self._step, adjoint, into)
+        products = gradient.pull(adj_grads, adjoint.buffers)
+        self.error = gradient.error
         into.add_tensors(products.tensors)
         before = replace(before.owning_params(), buffers=products.buffers)
         pieces = before.per_parameter(len(products.params))
         pairs = [(p, q) for p, q in zip(pieces, products.params) if p is not None and q is not None]
         if pairs:
             torch._foreach_add_([piece for piece, _ in pairs], [product for _, product in pairs])
-        return before if fine is self.state else before.merged(self.state)
+        return before if fine is self._state else before.merged(self._state)
 
     def pusher(self) -> Callable[[State, Mapping[Tuned, Tensor]], State]:
         """From a tangent of the state before the step, and one of the values of hyperparameters (zero where
         missing), to the tangent of the state after it. Exact, as often as one likes, by double backward."""
-        assert isinstance(self.gradient, Reverse)
-        update, grads = self.transition.update, self.gradient.grads
-        fine = update.refined(self.state, self.step.active)
-        push_gradient, push_update = self.gradient.pusher(), update.pusher(fine, grads, self.step)
-        tensors = self.transition.tensors
+        update, gradient = self._transition.update, self._trace(True)
+        assert isinstance(gradient, Reverse)
+        grads, step = gradient.grads, self._step
+        push_gradient, push_update = (
+            gradient.pusher(),
+            update.pusher(update.refined(self._state, step.active), grads, step),
+        )
+        tensors = self._transition.tensors
 
         def push(tangent: State, values: Mapping[Tuned, Tensor]) -> State:
-            tangent = update.refined(tangent, self.step.active)
+            tangent = update.refined(tangent, step.active)
             tan_params = tangent.per_parameter(len(grads))
             tan_grads, buffers = push_gradient(tan_params, [values.get(t) for t in tensors], tangent.buffers)
             settings = {t: v for t, v in values.items() if isinstance(t, TunedSetting)}

@@ -118,9 +118,7 @@ class Objective:
         direct = [next(found) for _ in tensors]
         buffers = trace.placed([next(found) for _ in trace.before])
         trace.add_rows(grads, list(found))
-        return Validation(
-            loss.detach(), grads, direct, buffers if any(b is not None for b in buffers) else None
-        )
+        return Validation(loss.detach(), grads, direct, buffers)
 
 
 def _added(total: Validation | None, found: Validation, weight: float) -> Validation:
