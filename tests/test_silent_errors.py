@@ -37,6 +37,7 @@ from torch_hypergrad import (
     Unrolled,
 )
 from torch_hypergrad.methods import Method
+from torch_hypergrad.step.batch import is_as_seen, seen
 from torch_hypergrad.testing import derivative
 
 LR, MOMENTUM = 0.1, 0.5
@@ -444,3 +445,29 @@ def test_batches_that_do_not_fit(
     hyper = ready(Unrolled())
     with pytest.raises((TypeError, ValueError), match=pattern):
         getattr(hyper, call)(*given, **options)
+
+
+@pytest.mark.parametrize("method", RECORDING, ids=str)
+def test_a_batch_may_be_looked_at_through_numpy(method: Method) -> None:
+    """Which shares its memory from then on. Written to through it, it is another batch."""
+    hyper, other = with_dropout(method), trained(with_dropout(method), BATCHES)
+    batches = [(x.clone(), y.clone()) for x, y in BATCHES]
+    trained(hyper, batches)
+    views = [x.numpy() for x, _ in batches]
+    assert frozen_bytes(hyper.hypergradient(VAL)) == frozen_bytes(other.hypergradient(VAL))
+    views[2][...] += 1.0
+    with refused(TrajectoryError, "training step", "changed"):
+        hyper.hypergradient(VAL)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.complex64, torch.uint8, torch.bool, torch.int64]
+)
+def test_batches_of_every_type_are_watched(dtype: torch.dtype) -> None:
+    for number in (0, 1, 17, 5000):
+        x = torch.ones(number, dtype=dtype)
+        before = seen((x, {"x": x}))
+        assert is_as_seen((x, {"x": x}), before)
+        if number:
+            x.data.zero_()  # leaves no trace but the values
+            assert not is_as_seen((x, {"x": x}), before)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import reduce
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -74,11 +76,11 @@ def pulled(
 
 
 def add_lists(lists: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
-    """Entry by entry; None, and lists that are empty, count nothing."""
-    first, *others = [tensors for tensors in lists if tensors] or [[]]
-    total = list(first)
-    for tensors in others:
-        total = [b if a is None else a if b is None else a + b for a, b in zip(total, tensors)]
+    """Entry by entry; None, and what is missing at the end of a list, counts nothing."""
+    total: list[Tensor | None] = []
+    for column in zip_longest(*lists):
+        first, *others = [t for t in column if t is not None] or [None]
+        total.append(reduce(torch.add, others, first) if others else first)
     return total
 
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -15,15 +15,28 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..device import readings
 
-Seen: TypeAlias = tuple[tuple[int, int, int], ...]
-"""For each tensor or array of a batch: which one it is, its version counter, and a checksum of its values
-where these can be written to without a trace, as memory shared with numpy can."""
+
+class Look(NamedTuple):
+    """What a tensor or an array of a batch was like: which one, its version counter, and a checksum, of all
+    its values where these can be written to without a trace, as memory shared with numpy can, else of a
+    sample."""
+
+    which: int
+    version: int
+    checksum: int
+    of_all: bool
+
+
+Seen: TypeAlias = tuple[Look, ...]
 
 MAX_DEPTH = 5
 """Of objects in objects of no known kind that are looked into."""
 
 NUM_SUMS = 16
-"""Of a checksum: sums of so many stretches, so that two examples that change places show."""
+"""Of a checksum of all values: sums of so many stretches, so that two examples that change places show."""
+
+NUM_SAMPLED = 256
+"""Of a checksum of a sample."""
 
 
 def recorded(batch: Any) -> Any:
@@ -83,44 +96,64 @@ def _tensors(thing: Any, depth: int = 0) -> Iterator[Tensor | np.ndarray]:
             yield from _tensors(value, depth + 1)
 
 
+def _watched(batch: Any) -> list[Tensor | np.ndarray]:
+    if _is_tuple_of_tensors(batch):
+        return list(batch)
+    return [found for leaf in tree_leaves(batch) for found in _tensors(leaf)]
+
+
 def seen(batch: Any) -> Seen:
     """What the tensors of the batch are like now."""
-    if _is_tuple_of_tensors(batch):
-        return tuple(map(_look, batch))
-    return tuple(_look(found) for leaf in tree_leaves(batch) for found in _tensors(leaf))
+    return tuple(_look(found, of_all=_is_shared(found)) for found in _watched(batch))
+
+
+def is_as_seen(batch: Any, before: Seen) -> bool:
+    """Whether nobody has put others in their place, or written to them."""
+    now = _watched(batch)
+    return len(now) == len(before) and all(_look(f, of_all=b.of_all) == b for f, b in zip(now, before))
 
 
 def seen_again(batch: Any, before: Seen) -> Seen:
-    """The same for a batch whose tensors were brought back from elsewhere: those that stayed are as they were
-    seen before."""
+    """As seen before, for a batch whose tensors were brought back from elsewhere, but for those that are
+    new."""
     moved = {id(leaf) for leaf in tree_leaves(batch)}
     now = seen(batch)
     return (
-        tuple(n if n[0] in moved else b for n, b in zip(now, before)) if len(now) == len(before) else before
+        tuple(n if n.which in moved else b for n, b in zip(now, before))
+        if len(now) == len(before)
+        else before
     )
 
 
-def _look(found: Tensor | np.ndarray) -> tuple[int, int, int]:
+def _look(found: Tensor | np.ndarray, *, of_all: bool) -> Look:
     if isinstance(found, np.ndarray):
-        return (
-            id(found),
-            0,
-            zlib.crc32(np.ascontiguousarray(found).tobytes() if found.dtype != object else b""),
-        )
+        content = b"" if found.dtype == object else np.ascontiguousarray(found).tobytes()
+        return Look(id(found), 0, zlib.crc32(content), of_all)
     version = 0 if found.is_inference() else found._version
-    return id(found), version, _checksum(found) if _is_shared(found) else 0
+    if (
+        not readings.at_once(found)
+        or found.layout is not torch.strided
+        or found.is_quantized
+        or not found.numel()
+    ):
+        return Look(id(found), version, 0, of_all)
+    flat = found.detach().reshape(-1)
+    flat = torch.view_as_real(flat.resolve_conj()).reshape(-1) if flat.is_complex() else flat
+    if of_all:
+        size = len(flat) // NUM_SUMS * NUM_SUMS
+        values = torch.cat([flat[:size].view(NUM_SUMS, -1).sum(1), flat[size:].sum()[None]])
+    else:
+        values = flat[
+            :: len(flat) // NUM_SAMPLED + 1
+        ].clone()  # what numpy sees is shared with it from then on
+    values = values.float() if values.dtype == torch.bfloat16 else values
+    return Look(id(found), version, zlib.crc32(values.numpy().tobytes()), of_all)
 
 
-def _is_shared(tensor: Tensor) -> bool:
+def _is_shared(found: Tensor | np.ndarray) -> bool:
     """Whether others than torch may write to its memory: torch never resizes what it shares with numpy."""
-    if not readings.at_once(tensor) or tensor.layout is not torch.strided or not tensor.numel():
+    if isinstance(found, np.ndarray):
+        return True
+    if not readings.at_once(found) or found.layout is not torch.strided:
         return False
-    return not tensor.untyped_storage().resizable()
-
-
-def _checksum(tensor: Tensor) -> int:
-    """Of sums, which cost a pass over memory and nothing more."""
-    flat = tensor.detach().reshape(-1)
-    size = len(flat) // NUM_SUMS * NUM_SUMS
-    sums = torch.cat([flat[:size].view(NUM_SUMS, -1).sum(1), flat[size:].sum()[None]])
-    return zlib.crc32((torch.view_as_real(sums) if sums.is_complex() else sums.double()).numpy().tobytes())
+    return not found.untyped_storage().resizable()

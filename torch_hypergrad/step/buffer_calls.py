@@ -3,8 +3,10 @@ rows."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -49,7 +51,7 @@ def intercepted(trace: Follower) -> Iterator[None]:
     replaced: dict[str, Any] = {name: getattr(F, name) for name in _TRACED}
     try:
         for name, original in replaced.items():
-            setattr(F, name, _Intercepted(trace, original, _TRACED[name]))
+            setattr(F, name, _Intercepted(trace, name, original))
         yield
     finally:
         for name, original in replaced.items():
@@ -60,75 +62,31 @@ class _Intercepted:
     """One of torch's functions, traced. torch calls it by name once more where tensors or modes override
     it."""
 
-    def __init__(self, trace: Follower, original: Any, traced: Any) -> None:
-        self._trace, self._original, self._traced, self._is_inside = trace, original, traced, False
+    def __init__(self, trace: Follower, name: str, original: Any) -> None:
+        self._trace, self._name, self._original, self._is_inside = trace, name, original, False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._is_inside:
             return self._original(*args, **kwargs)
         self._is_inside = True
         try:
-            return self._traced(self._trace, self._original, *args, **kwargs)
+            given = _SIGNATURES[self._name].bind(*args, **kwargs)
+            given.apply_defaults()
+            return _TRACED[self._name](self._trace, self._original, *given.args)
         finally:
             self._is_inside = False
 
 
-def _batch_norm(
-    trace: Follower,
-    original: Any,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    rest = (weight, bias, training, momentum, eps)
-    return _normalize(trace, original, _over_batch, input, running_mean, running_var, rest)
-
-
-def _instance_norm(
-    trace: Follower,
-    original: Any,
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    rest = (weight, bias, use_input_stats, momentum, eps)
-    return _normalize(trace, original, _over_instances, input, running_mean, running_var, rest)
-
-
-def _embedding(
-    trace: Follower,
-    original: Any,
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    *rest: Any,
-    **options: Any,
-) -> Any:
-    output = original(input, weight, padding_idx, *rest, **options)
-    if padding_idx is None:
-        return output
-    return trace.pad(input, weight, padding_idx, output)
-
-
 def _normalize(
+    statistics: Callable[[Tensor], Values],
     trace: Follower,
     original: Any,
-    statistics: Callable[[Tensor], Values],
     x: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    rest: Any,
+    mean: Any,
+    var: Any,
+    *rest: Any,
 ) -> Tensor:
+    """Moves statistics by ``r' = (1 - momentum) r + momentum stat``, or reads them."""
     held = trace.begin(mean=mean, var=var)
     output = original(x, mean, var, *rest)
     if not held:
@@ -143,6 +101,13 @@ def _normalize(
         return None if training else _normalized(x, buffers["mean"], buffers["var"], weight, bias, eps)
 
     return trace.follow(Call(held, after, reads, reads_late=True), output)
+
+
+def _look_up(
+    trace: Follower, original: Any, ids: Tensor, weight: Tensor, padding_idx: int | None, *rest: Any
+) -> Tensor:
+    output = original(ids, weight, padding_idx, *rest)
+    return output if padding_idx is None else trace.pad(ids, weight, padding_idx, output)
 
 
 def _over_batch(x: Tensor) -> Values:
@@ -167,4 +132,9 @@ def _normalized(
     return y if bias is None else y + bias.reshape(shape)
 
 
-_TRACED = {"batch_norm": _batch_norm, "instance_norm": _instance_norm, "embedding": _embedding}
+_TRACED: dict[str, Callable[..., Tensor]] = {
+    "batch_norm": partial(_normalize, _over_batch),
+    "instance_norm": partial(_normalize, _over_instances),
+    "embedding": _look_up,
+}
+_SIGNATURES = {name: inspect.signature(getattr(F, name)) for name in _TRACED}

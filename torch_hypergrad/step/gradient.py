@@ -17,7 +17,7 @@ from ..device.capture import Captured, Recorder
 from ..device.readings import Readings
 from ..errors import TrajectoryError
 from ..ground import autodiff
-from .batch import recorded, seen
+from .batch import is_as_seen, recorded
 from .live import Live
 from .running import RunningBuffers, Trace
 from .state import Buffers, PerParameter, Step
@@ -247,7 +247,7 @@ class GradientStage:
         Raises:
             TrajectoryError: if so.
         """
-        if step.given is None and seen(step.batch) != step.seen:
+        if step.given is None and not is_as_seen(step.batch, step.seen):
             raise TrajectoryError(
                 f"A tensor in the batch of training step {step.number + 1} was changed in place after the "
                 "step, or another one put into its place. The step is replayed on the recorded batch, which "

@@ -88,22 +88,31 @@ class Objective:
     def at(self, batches: Batches, state: State | None = None) -> Validation:
         """The mean over the batches at a state; None for the current one. Buffers and random number
         generators move as the loss moves them."""
-        total: Validation | None = None
+        total: list[Tensor | None] = []
         weights = 0.0
         with nullcontext() if state is None else self._live.at(state):
             for batch, weight in batches.weighted():
                 found = self._of(batch)
                 weights += weight
-                total = found if total is None and weight == 1.0 else _added(total, found, weight)
-        assert total is not None
-        return total if weights == 1.0 else _scaled(total, 1 / weights)
+                total = autodiff.add_lists([total, _times(found, weight)])
+        loss, *rest = total if weights == 1.0 else _times(total, 1 / weights)
+        num_params, num_tensors = len(self._live.params), len(self._hyperparameters.tensors)
+        buffers = rest[num_params + num_tensors :]
+        assert loss is not None
+        return Validation(
+            loss,
+            rest[:num_params],
+            rest[num_params : num_params + num_tensors],
+            None if all(b is None for b in buffers) else tuple(buffers),
+        )
 
     def add_direct(self, validation: Validation, into: Hypergradient) -> None:
         """Adds the loss's own dependence on the tuned tensors."""
         for tuned, part in zip(self._hyperparameters.tensors, validation.direct):
             into.add_direct(tuned, part)
 
-    def _of(self, batch: Any) -> Validation:
+    def _of(self, batch: Any) -> list[Tensor | None]:
+        """The loss on one batch, then its gradients in parameters, tuned tensors and buffers."""
         live, tensors = self._live, self._hyperparameters.loss_tensors
         trace = self._running.trace(buffers=True, padding=True)
         with torch.enable_grad(), trace.hooked():
@@ -114,29 +123,12 @@ class Objective:
             trainable = [p for p in live.params if p.requires_grad]
             found = iter(autodiff.gradients([loss], [*trainable, *tensors, *trace.leaves]))
             trace.end()
-            grads = [next(found) if p.requires_grad else None for p in live.params]
+        grads = [next(found) if p.requires_grad else None for p in live.params]
         direct = [next(found) for _ in tensors]
-        buffers = trace.placed([next(found) for _ in trace.before])
+        buffers = trace.placed([next(found) for _ in trace.before]) or ()
         trace.add_rows(grads, list(found))
-        return Validation(loss.detach(), grads, direct, buffers)
+        return [loss.detach(), *grads, *direct, *buffers]
 
 
-def _added(total: Validation | None, found: Validation, weight: float) -> Validation:
-    scaled = _scaled(found, weight)
-    if total is None:
-        return scaled
-    buffers = [b for b in (total.buffers, scaled.buffers) if b is not None]
-    return Validation(
-        total.loss + scaled.loss,
-        autodiff.add_lists([total.grads, scaled.grads]),
-        autodiff.add_lists([total.direct, scaled.direct]),
-        tuple(autodiff.add_lists(buffers)) if buffers else None,
-    )
-
-
-def _scaled(validation: Validation, factor: float) -> Validation:
-    def times(tensors: Iterable[Tensor | None]) -> list[Tensor | None]:
-        return [None if t is None else t * factor for t in tensors]
-
-    buffers = None if validation.buffers is None else tuple(times(validation.buffers))
-    return Validation(validation.loss * factor, times(validation.grads), times(validation.direct), buffers)
+def _times(tensors: Sequence[Tensor | None], factor: float) -> list[Tensor | None]:
+    return [t if t is None or factor == 1.0 else t * factor for t in tensors]
