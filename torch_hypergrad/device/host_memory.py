@@ -39,12 +39,29 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     libc, addresses = _c_library(), (a.data_ptr(), b.data_ptr())
     if libc is None or not all(addresses) or not (a.is_contiguous() and b.is_contiguous()):
         return torch.equal(a, b)
-    return libc.memcmp(*map(ctypes.c_void_p, addresses), ctypes.c_size_t(a.nbytes)) == 0
+    return libc.memcmp(*addresses, a.nbytes) == 0
+
+
+NUM_STRETCHES, STRETCH = 8, 256
+"""Of a sample of bytes."""
+
+
+def sample_of_bytes(tensor: Tensor) -> bytes:
+    """Stretches of the memory of a tensor on the CPU, evenly spaced; all of a small one."""
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    start, size = tensor.data_ptr(), tensor.nbytes
+    if size <= NUM_STRETCHES * STRETCH:
+        return ctypes.string_at(start, size)
+    spacing = (size - STRETCH) // (NUM_STRETCHES - 1)
+    return b"".join([ctypes.string_at(start + k * spacing, STRETCH) for k in range(NUM_STRETCHES)])
 
 
 @cache
 def _c_library() -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(None)
+        libc = ctypes.CDLL(None)
+        libc.memcmp.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+        return libc
     except (OSError, TypeError):
         return None  # a system that gives it another name

@@ -33,7 +33,7 @@ class LiveOptimizer:
         self.params: list[Tensor] = [p for group in groups for p in group["params"]]
         self._positions = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
         self._bucket_cache: dict[tuple[int, ...], Bucket] = {}
-        self._known: list[dict[str, tuple[Tensor, int]]] = []
+        self._known: list[dict[str, tuple[int, int]]] = []
         self.buckets: tuple[Bucket, ...] = ()
         self.rule_states: tuple[RuleState, ...] = ()
         self.adopt()
@@ -95,17 +95,21 @@ class LiveOptimizer:
 
     def replaced(self) -> bool:
         """Whether somebody else has written to the optimizer's state, or replaced it."""
-        return any(
-            len(found := self._tensors_of(p)) != len(known)
-            or any(
-                found.get(key) is not tensor or tensor._version != version
-                for key, (tensor, version) in known.items()
-            )
-            for p, known in zip(self.params, self._known)
-        )
+        for p, known in zip(self.params, self._known):
+            number = 0
+            for key, tensor in self.optimizer.state.get(p, {}).items():
+                if key != "step" and isinstance(tensor, Tensor):
+                    number += 1
+                    if known.get(key) != (id(tensor), tensor._version):
+                        return True
+            if number != len(known):
+                return True
+        return False
 
     def _remember(self) -> None:
-        self._known = [{key: (t, t._version) for key, t in self._tensors_of(p).items()} for p in self.params]
+        held = [self._tensors_of(p) for p in self.params]
+        self._known = [{key: (id(t), t._version) for key, t in tensors.items()} for tensors in held]
+        self._held = held  # so that no other tensor gets their ids
 
     def _tensors_of(self, p: Tensor) -> dict[str, Tensor]:
         state = self.optimizer.state.get(p, {})
