@@ -36,8 +36,8 @@ INNER_ORDER = {
     "device": (("capture", "host_memory", "offload", "readings"),),
     "tune": (("granularity",), ("hyperparameter",), ("tuned",), ("hyperparameter_set",), ("hypergradient",)),
     "step": (
-        ("batch", "buffer_calls"),
-        ("state",),
+        ("batch", "buffer_calls", "user_functions"),
+        ("buffer_rules", "state"),
         ("live_model", "live_optimizer"),
         ("live", "running"),
         ("gradient",),

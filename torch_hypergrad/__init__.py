@@ -10,7 +10,7 @@ from .errors import (
 from .hyper_optimizer import HyperOptimizer, HyperReport
 from .methods import ForwardMode, Implicit, Method, Unrolled
 from .solvers import CG, Cholesky, Identity, Neumann, Nystrom, SolveInfo, Solver
-from .step.running import BufferRule, register_buffers
+from .step.buffer_rules import BufferRule, register_buffers
 from .tune.hyperparameter import Hyperparameter
 from .updates import UpdateRule, register_update
 

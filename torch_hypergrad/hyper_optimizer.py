@@ -37,11 +37,11 @@ from .safety.hyper_step import (
     report_of,
 )
 from .safety.watch import Watch
-from .step.gradient import GradTransform, Loss
 from .step.live_model import LiveModel
 from .step.live_optimizer import LiveOptimizer
 from .step.problem import make_problem
 from .step.state import Buffers
+from .step.user_functions import GradTransform, Loss
 from .tune.hyperparameter_set import HyperparameterSet
 from .updates import rule_of
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..methods import Method
-from ..step.gradient import Loss
+from ..step.user_functions import Loss
 from ..step.validation import Batches
 from ..tune.hyperparameter_set import HyperparameterSet
 

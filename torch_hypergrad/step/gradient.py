@@ -7,10 +7,10 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..device import readings
 from ..device.capture import Captured, Recorder
@@ -21,9 +21,7 @@ from .batch import is_as_seen, recorded
 from .live import Live
 from .running import RunningBuffers, Trace
 from .state import Buffers, PerParameter, Step
-
-Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
-GradTransform: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
+from .user_functions import GradTransform, Loss, call_transform, check_loss
 
 
 @dataclass(frozen=True)
@@ -303,7 +301,7 @@ class GradientStage:
         self.live.model.set_rng(rng)
         with torch.enable_grad():
             given = [g.clone() if keep else g for g in grads if g is not None]
-            transformed = iter(_transformed(self.grad_transform, given))
+            transformed = iter(call_transform(self.grad_transform, given))
         return [None if g is None else next(transformed) for g in grads]
 
 
@@ -314,47 +312,3 @@ def _at_rest(adjoint: Tensor | None, kept: Tensor | None) -> Tensor | None:
         return adjoint
     rest = 1 - kept
     return (adjoint / rest.masked_fill(rest == 0, 1)).masked_fill(rest == 0, 0)
-
-
-def _transformed(transform: GradTransform, grads: list[Tensor]) -> list[Tensor]:
-    found = transform(list(grads))
-    if not isinstance(found, (list, tuple)) or not all(isinstance(g, Tensor) for g in found):
-        raise TypeError(
-            f"grad_transform must return a list of tensors, one for each gradient, got {found!r}."
-        )
-    if any(g.requires_grad and not t.requires_grad for g, t in zip(grads, found)):
-        raise ValueError(
-            "grad_transform returned a gradient without a graph, so its derivative would be lost. Leave out "
-            ".detach(), .data and torch.no_grad(); to switch a gradient off, multiply it by 0."
-        )
-    if [g.shape for g in found] != [g.shape for g in grads]:
-        raise ValueError(
-            "grad_transform must return one gradient for each it was given, in the same shapes: it was given "
-            f"{[tuple(g.shape) for g in grads]} and returned {[tuple(g.shape) for g in found]}."
-        )
-    return list(found)
-
-
-def check_loss(loss: Any, name: str) -> None:
-    """Refuses what cannot be differentiated.
-
-    Raises:
-        TypeError: if it is not a tensor.
-        ValueError: if it is not a scalar, or has no graph.
-    """
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"{name}(model, batch) returned {type(loss).__name__}, expected a scalar tensor. Return the loss "
-            "itself, not loss.item() or a tuple."
-        )
-    if loss.numel() != 1:
-        raise ValueError(
-            f"{name}(model, batch) returned a tensor of shape {tuple(loss.shape)}, expected a scalar. Reduce "
-            "it with .mean() or .sum()."
-        )
-    if not loss.requires_grad:
-        raise ValueError(
-            f"{name}(model, batch) returned a tensor without a graph: nothing in it depends on a parameter "
-            "that requires a gradient. Likely causes: .detach(), .item(), torch.no_grad() inside, or a "
-            "model that is frozen as a whole."
-        )

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..device.capture import Recorder
 from ..device.readings import Readings
 from ..tune.hyperparameter_set import HyperparameterSet
-from .gradient import GradientStage, GradTransform, Loss
+from .gradient import GradientStage
 from .live import Live
 from .live_model import LiveModel
 from .live_optimizer import LiveOptimizer
@@ -18,6 +18,7 @@ from .running import RunningBuffers
 from .state import Part, State
 from .transition import Transition
 from .update import UpdateStage
+from .user_functions import GradTransform, Loss
 from .validation import Objective, Validation
 
 

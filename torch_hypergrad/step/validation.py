@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..ground import autodiff
 from ..tune.hypergradient import Hypergradient
 from ..tune.hyperparameter_set import HyperparameterSet
-from .gradient import check_loss
 from .live import Live
 from .running import RunningBuffers
 from .state import Buffers, State
+from .user_functions import check_loss
 
 
 @dataclass(frozen=True)
