@@ -194,6 +194,43 @@ def shared() -> nn.Module:
     return model
 
 
+def and_its_mean(model: Any, batch: Any) -> Tensor:
+    """Folded by hand: the layer's statistics read as attributes, of the layer or of a list of all buffers."""
+    buffers = dict(model.named_buffers())
+    read = 0.5 * model[1].running_mean.sin().sum() + buffers["1.running_var"].log().sum()
+    return in_eval_mode(model, batch) + read
+
+
+@pytest.mark.parametrize("method", [*EXACT, Unrolled(second_order="finite_difference")], ids=str)
+def test_validation_that_reads_attributes(method: Method) -> None:
+    expected = reference(network, mse, and_its_mean, nothing)
+    assert reference(network, mse, in_eval_mode, nothing) != pytest.approx(expected, rel=0.01)
+    check(method, val_loss=and_its_mean)
+
+
+@pytest.mark.parametrize("method", [*EXACT, Unrolled(second_order="finite_difference")], ids=str)
+def test_training_that_reads_attributes_of_a_frozen_layer(method: Method) -> None:
+    """Of one that was moved by earlier steps."""
+
+    def train_loss(model: Any, batch: Any) -> Tensor:
+        loss = mse(model, batch)
+        return loss if model[1].training else loss + ((model[0].bias - model[1].running_mean) ** 2).sum()
+
+    check(method, train_loss=train_loss, val_loss=mse, before=freeze_from_step_4)
+
+
+@pytest.mark.parametrize("method", [*EXACT, Unrolled(second_order="finite_difference")], ids=str)
+@pytest.mark.parametrize("is_before", [True, False])
+def test_training_that_reads_an_attribute_and_moves_it_is_refused(method: Method, is_before: bool) -> None:
+    def train_loss(model: Any, batch: Any) -> Tensor:
+        before = (model[1].running_mean * model[0].bias).sum().clone()
+        loss = mse(model, batch)
+        return loss + (before if is_before else (model[1].running_mean * model[0].bias).sum())
+
+    with pytest.raises(HypergradientError, match=r"reads the attribute '1\.running_mean'"):
+        computed(method, network, train_loss, in_eval_mode, nothing)
+
+
 MODELS = {"own": lambda: network(Own), "subclass": lambda: network(lambda: Stretched(5)), "shared": shared}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..methods import Method
+from ..step.live_model import is_compiled
 from ..step.user_functions import Loss
 from ..step.validation import Batches
 from ..tune.hyperparameter_set import HyperparameterSet
@@ -107,10 +108,7 @@ def _extent(p: Tensor) -> int:
 def check_not_compiled(modules: Sequence[nn.Module]) -> None:
     """Refuses compiled modules."""
     for name, module in (named for root in modules for named in root.named_modules()):
-        if (
-            type(module).__name__ == "OptimizedModule"
-            or getattr(module, "_compiled_call_impl", None) is not None
-        ):
+        if is_compiled(module):
             raise ValueError(
                 f"The module {name or type(module).__name__!r} is compiled, and torch.compile gives no "
                 "second derivative, which this method needs. Pass the module from before torch.compile, or "

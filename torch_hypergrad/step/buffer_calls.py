@@ -88,9 +88,9 @@ def _normalize(
 ) -> Tensor:
     """Moves statistics by ``r' = (1 - momentum) r + momentum stat``, or reads them."""
     held = trace.begin(mean=mean, var=var)
-    output = original(x, mean, var, *rest)
     if not held:
-        return output
+        return original(x, mean, var, *rest)
+    output = original(x, mean.detach(), var.detach(), *rest)
     weight, bias, training, momentum, eps = rest
 
     def after(buffers: Values) -> Values:

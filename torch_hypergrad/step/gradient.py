@@ -109,7 +109,7 @@ class GradientStage:
             create_graph: give the gradient a graph.
             dual: parameters are dual numbers.
             also: called when the loss has been computed.
-            trace: what follows the buffers.
+            trace: what follows the buffers; then what the modules have in their place is asked for last.
         """
         twice = create_graph or dual
         with torch.enable_grad(), self.kernels(twice_differentiable=twice or self._twice_differentiable):
@@ -128,8 +128,10 @@ class GradientStage:
                     autodiff.refuse_unseen_padding(loss, trace.num_padded)
                 if is_new and twice:
                     autodiff.refuse_wrong_third_derivatives(loss)
-                grads, others = self._gradient(loss, also(), create_graph=create_graph)
+                handed = [] if trace is None else list(trace.handed.leaves.values())
+                grads, others = self._gradient(loss, [*also(), *handed], create_graph=create_graph)
                 if trace is not None:
+                    trace.note_attributes(others[len(others) - len(handed) :])
                     trace.end()
             if is_new and create_graph:
                 autodiff.refuse_wrong_second_derivatives([g for g in grads if g is not None])
@@ -235,9 +237,13 @@ class GradientStage:
                 adjoints = [_at_rest(adjoint, k) for adjoint, k in zip(adjoints, kept)]
             params = self.live.params
             trainable = [p for p in params if p.requires_grad]
-            found = iter(autodiff.pulled(after, adjoints, [*trainable, *self.tensors, *before]))
+            found = iter(autodiff.pulled(after, adjoints, [*trainable, *self.tensors, *trace.buffer_leaves]))
             by_param = [next(found) if p.requires_grad else None for p in params]
-            return by_param, [next(found) for _ in self.tensors], trace.placed(list(found), adj_buffers)
+            return (
+                by_param,
+                [next(found) for _ in self.tensors],
+                trace.placed(trace.of_buffers(found), adj_buffers),
+            )
 
     def check_batch(self, step: Step) -> None:
         """Refuses a step whose batch is not what it was.

@@ -247,6 +247,12 @@ class LiveModel:
             torch.clear_autocast_cache()
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has to do with it."""
+    wrapped = type(module).__name__ == "OptimizedModule"
+    return wrapped or getattr(module, "_compiled_call_impl", None) is not None
+
+
 def _autocast(wanted: Iterable[tuple[str, bool, torch.dtype]]) -> AbstractContextManager[Any]:
     """Autocast as it is wanted for each kind of device."""
     contexts = [

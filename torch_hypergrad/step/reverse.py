@@ -87,14 +87,15 @@ class Reverse(TracedGradient):
         found = iter(self._pulled(adj_grads, [*params, *tensors, *trace.leaves], adj_buffers, again=False))
         products = self._spread(found)
         mixed = [next(found) for _ in tensors]
-        buffers = trace.placed([next(found) for _ in trace.before], adj_buffers)
+        buffers = trace.placed(trace.of_buffers(found), adj_buffers)
         trace.add_rows(products, list(found))
         return Products(products, mixed, buffers)
 
     def product(self, v: PerParameter) -> list[Tensor | None]:
         found = iter(self._pulled(v, [*self._active(), *self._trace.leaves]))
         products = self._spread(found)
-        self._trace.add_rows(products, list(found)[len(self._trace.before) :])
+        self._trace.of_buffers(found)
+        self._trace.add_rows(products, list(found))
         return products
 
     def mixed(self, v: PerParameter) -> list[Tensor | None]:
@@ -114,12 +115,7 @@ class Reverse(TracedGradient):
         def push_all(
             params: PerParameter, tensors: Sequence[Tensor | None], buffers: Buffers | None
         ) -> tuple:
-            tangents = [
-                *(params[i] for i in active),
-                *tensors,
-                *trace.at(buffers),
-                *trace.row_tangents(params),
-            ]
+            tangents = [*(params[i] for i in active), *tensors, *trace.tangents(buffers, params)]
             with self._going_back():
                 found = push(tangents)
             grads = dict(zip(active, found))

@@ -9,7 +9,7 @@ nothing is added, but a nothing that depends on the buffers as the output does. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from ..device.readings import Reading, Readings
 from ..errors import HypergradientError, NotTwiceDifferentiableError
+from ..ground import autodiff
 from ..ground.autodiff import leaf
 from .buffer_calls import Call, Values, intercepted
 from .buffer_rules import BufferRule, rule_of
+from .handed_buffers import HandedBuffers
 from .live_model import LiveModel
 from .state import Buffers, PerParameter, differ
 
@@ -44,6 +46,8 @@ class RunningBuffers:
         self.ruled = [(m, rule) for m in live.modules if (rule := rule_of(m)) is not None]
         self.moving = {places[m, name] for m, _ in self.ruled for name in m._buffers} & self.floats
         self.are_intercepted = self.moving != self.floats
+        normalizations = [m for m in live.modules if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self.moving |= {places[m, name] for m in normalizations for name in m._buffers} & self.floats
         self.indices = {id(p): i for i, p in enumerate(live.params)}
         embeddings = [m for m in live.modules if isinstance(m, nn.Embedding) and m.padding_idx is not None]
         self.padding = {
@@ -72,12 +76,6 @@ class RunningBuffers:
         """A floating-point buffer as it stands."""
         module, name = self.live.buffer_places[i]
         return module._buffers[name]  # type: ignore[return-value]
-
-    def places(self, **buffers: Tensor | None) -> dict[str, int]:
-        """Where buffers stand that a function was given; empty if they are not all the model's."""
-        known = {id(self.buffer(i)): i for i in self.floats}
-        found = {name: known.get(id(buffer), -1) for name, buffer in buffers.items()}
-        return found if min(found.values()) >= 0 else {}
 
     def constants(self, before: Buffers) -> Reading[list[str]]:
         """The names of the buffers that have moved since they were ``before``, and have no rule."""
@@ -127,8 +125,9 @@ class Trace:
     """How buffers followed from one loss.
 
     ``before`` are the buffers before the loss, by place, leaves of its graph; ``after`` the same after it,
-    with graph; ``rows`` the padding rows that were read, leaves too, by number of parameter and row, and
-    ``num_padded`` the calls that read them; ``reads`` is whether the loss reads buffers.
+    with graph; ``handed`` what the modules have in their place meanwhile, leaves too; ``rows`` the padding
+    rows that were read, leaves as well, by number of parameter and row, and ``num_padded`` the calls that
+    read them; ``reads`` is whether the loss reads buffers.
     """
 
     def __init__(self, running: RunningBuffers, *, buffers: bool, padding: bool, check: bool) -> None:
@@ -138,11 +137,12 @@ class Trace:
         self._is_computed = self._is_over = False
         self._moved, self._read, self._read_late = set[int](), set[int](), set[int]()
         self._is_stale = False
+        self.handed = HandedBuffers(running.live, running.floats, running.moving)
         self.before: dict[int, Tensor] = {}
         self.after: dict[int, Tensor] = {}
         self.rows: dict[tuple[int, int], Tensor] = {}
         self.num_padded = 0
-        for i in running.moving if buffers else ():
+        for i in self.handed.moving if buffers else ():
             self._begin(i)
 
     @property
@@ -157,7 +157,7 @@ class Trace:
 
     def begin(self, **buffers: Tensor | None) -> dict[str, int]:
         """Before a call that is given buffers: where these stand, empty if they are none of the model's."""
-        held = self._running.places(**buffers)
+        held = self.handed.find(**buffers)
         self._running.moving.update(held.values())
         for i in held.values() if self._buffers else ():
             self._begin(i)
@@ -165,7 +165,7 @@ class Trace:
 
     def _begin(self, i: int) -> None:
         if i not in self.before:
-            self.before[i] = self.after[i] = leaf(self._running.buffer(i).clone())
+            self.before[i] = self.after[i] = leaf(self.handed.own(i).clone())
 
     def hooked(self) -> AbstractContextManager[Any]:
         """Inside, calls are followed. Backward passes may call again (checkpointing), so they belong inside
@@ -174,7 +174,9 @@ class Trace:
         if not running.floats and not self._padding:
             return nullcontext()
         stack = ExitStack()
+        stack.enter_context(self.handed.in_place())
         for module, rule in running.ruled:
+            stack.callback(module.register_forward_pre_hook(self.handed.give_back).remove)
             hook = partial(self._follow_module, rule)
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         if running.are_intercepted or self._padding:
@@ -201,6 +203,22 @@ class Trace:
                 "through that: call the layer in one mode."
             )
 
+    def note_attributes(self, grads: Sequence[Tensor | None]) -> None:
+        """Notes which buffers were read as attributes: those of whose leaves the loss has a gradient.
+
+        Raises:
+            HypergradientError: if the loss also moves one of them.
+        """
+        read = {i for i, grad in zip(self.handed.leaves, grads) if grad is not None}
+        self._read |= read
+        for i in sorted(read & self._moved):
+            raise HypergradientError(
+                f"A loss reads the attribute {self._running.live.buffer_names[i]!r}, which it also moves by "
+                "a call of the layer. Hypergradients do not go through that, as what was read, before or "
+                "after, has left no trace. Read it where the layer is called in evaluation mode, or compute "
+                "the statistic of the batch itself."
+            )
+
     def end(self) -> None:
         """The gradient has been computed too. Calls that it made again have moved their buffers once more, by
         the same statistics."""
@@ -215,7 +233,7 @@ class Trace:
 
     def _mismatch(self, i: int) -> Tensor:
         """How far a buffer is from what its rule says, in units of what rounding may do."""
-        said, actual = self.after[i].detach(), self._running.buffer(i).detach()
+        said, actual = self.after[i].detach(), self.handed.own(i).detach()
         tolerance = torch.finfo(said.dtype).eps ** 0.5 * (1 + said.abs().amax())
         return (actual - said).abs().amax() / tolerance
 
@@ -234,6 +252,8 @@ class Trace:
         places = {place: i for i, place in enumerate(self._running.live.buffer_places)}
         held = {name: i for name in module._buffers if (i := places[module, name]) in self._running.floats}
 
+        self.handed.take(module)
+
         def after(buffers: Values) -> Values:
             return rule.after(module, buffers, *args, **kwargs)
 
@@ -247,7 +267,7 @@ class Trace:
         places = tuple(call.held.values())
         if not self._buffers:
             with torch.no_grad():
-                if call.reads({name: self._running.buffer(i) for name, i in call.held.items()}) is not None:
+                if call.reads({name: self.handed.own(i) for name, i in call.held.items()}) is not None:
                     self._read.update(places)
             return output
         now = call.values(self.before if self._is_computed else self.after)
@@ -286,9 +306,27 @@ class Trace:
         return torch.where((ids == key[1])[..., None], self.rows[key], output)
 
     @property
+    def buffer_leaves(self) -> list[Tensor]:
+        """The buffers before the loss, as calls read them and as attributes."""
+        return [*self.before.values(), *self.handed.leaves.values()]
+
+    @property
     def leaves(self) -> list[Tensor]:
         """What the loss read besides parameters and tuned tensors: buffers, then padding rows."""
-        return [*self.before.values(), *self.rows.values()]
+        return [*self.buffer_leaves, *self.rows.values()]
+
+    def of_buffers(self, found: Iterator[Tensor | None]) -> list[Tensor | None]:
+        """One tensor for each of ``before``, of those for each of ``buffer_leaves``."""
+        by_call, by_attribute = (
+            [next(found) for _ in leaves] for leaves in (self.before, self.handed.leaves)
+        )
+        return autodiff.add_lists([by_call, by_attribute])
+
+    def tangents(self, buffers: Buffers | None, params: PerParameter) -> list[Tensor | None]:
+        """The tangents of ``leaves``, of those of all buffers and parameters."""
+        places = [*self.before, *self.handed.leaves]
+        of_rows = [None if (whole := params[i]) is None else whole[row] for i, row in self.rows]
+        return [*(None if buffers is None else buffers[i] for i in places), *of_rows]
 
     def at(self, buffers: Buffers | None) -> list[Tensor | None]:
         """One tensor for each of ``after``, of one for each buffer; None for zero."""
@@ -301,10 +339,6 @@ class Trace:
         for i, tensor in zip(self.before, tensors):
             found[i] = tensor
         return None if all(tensor is None for tensor in found) else tuple(found)
-
-    def row_tangents(self, tangents: PerParameter) -> list[Tensor | None]:
-        """The tangents of the padding rows, of those of the parameters."""
-        return [None if (whole := tangents[i]) is None else whole[row] for i, row in self.rows]
 
     def add_rows(self, products: list[Tensor | None], rows: Sequence[Tensor | None]) -> None:
         """The transpose: adds what belongs to padding rows to the products of their parameters."""

@@ -99,7 +99,9 @@ class FirstOrder(TracedGradient):
         num_params, num_tensors = len(self._stage.live.params), len(self._stage.tensors)
         self._recomputes = trace.recomputes
         tensors, buffers = found[num_params : num_params + num_tensors], found[num_params + num_tensors :]
-        return Products(list(found[:num_params]), list(tensors), trace.placed(buffers)), trace.reads
+        return Products(
+            list(found[:num_params]), list(tensors), trace.placed(trace.of_buffers(iter(buffers)))
+        ), trace.reads
 
 
 class Forward(FirstOrder):

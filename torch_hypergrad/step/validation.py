@@ -121,11 +121,13 @@ class Objective:
             check_loss(loss, "val_loss")
             trace.computed()
             trainable = [p for p in live.params if p.requires_grad]
-            found = iter(autodiff.gradients([loss], [*trainable, *tensors, *trace.leaves]))
+            every = autodiff.gradients([loss], [*trainable, *tensors, *trace.leaves])
+            trace.note_attributes(every[len(trainable) + len(tensors) + len(trace.before) :])
             trace.end()
+        found = iter(every)
         grads = [next(found) if p.requires_grad else None for p in live.params]
         direct = [next(found) for _ in tensors]
-        buffers = trace.placed([next(found) for _ in trace.before]) or ()
+        buffers = trace.placed(trace.of_buffers(found)) or ()
         trace.add_rows(grads, list(found))
         return [loss.detach(), *grads, *direct, *buffers]
 
