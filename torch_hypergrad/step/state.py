@@ -105,7 +105,7 @@ class State:
             else part._replace(param=part.param.contiguous().clone())
             for part in self.parts
         ]
-        return replace(self, parts=tuple(parts))
+        return State(tuple(parts), self.buffers)
 
 
 register_pytree_node(

@@ -93,7 +93,7 @@ class Linearization:
         products = gradient.pull(adj_grads, adjoint.buffers)
         self.error = gradient.error
         into.add_tensors(products.tensors)
-        before = replace(before.owning_params(), buffers=products.buffers)
+        before = State(before.owning_params().parts, products.buffers)
         pieces = before.per_parameter(len(products.params))
         pairs = [(p, q) for p, q in zip(pieces, products.params) if p is not None and q is not None]
         if pairs:

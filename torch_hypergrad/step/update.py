@@ -77,7 +77,8 @@ class UpdateStage:
         self, state: State, grads: PerParameter, step: Step, adjoint: State, into: Hypergradient
     ) -> tuple[State, list[Tensor | None]]:
         """Vector-Jacobian products of the update alone: from the adjoint of the state after it to that of the
-        refined ``state`` before it and of the gradients; what goes to tuned settings is added to ``into``.
+        refined ``state`` before it, without buffers, and of the gradients; what goes to tuned settings is
+        added to ``into``.
 
         What is returned may share memory with ``adjoint``.
         """
@@ -91,7 +92,7 @@ class UpdateStage:
                     adj_grads.update(part.bucket.scatter(pulled.grad))
                 adj = Part(part.bucket, pulled.param, dict(pulled.state))
             parts.append(adj)
-        return replace(adjoint, parts=tuple(parts)), [adj_grads.get(i) for i in range(len(grads))]
+        return State(tuple(parts)), [adj_grads.get(i) for i in range(len(grads))]
 
     def _pulled(self, part: Part, grad: Tensor, step: Step, adj: Part) -> tuple[Pulled, Tuned]:
         """By the rule's own formula where it has one for what is tuned, else by autograd."""
