@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from problems import FROZEN, mse, random_batch
 from torch_hypergrad import (
+    Cholesky,
     ForwardMode,
     HypergradientError,
     HyperOptimizer,
@@ -206,6 +207,27 @@ def test_validation_that_reads_attributes(method: Method) -> None:
     expected = reference(network, mse, and_its_mean, nothing)
     assert reference(network, mse, in_eval_mode, nothing) != pytest.approx(expected, rel=0.01)
     check(method, val_loss=and_its_mean)
+
+
+def folded(model: Any, batch: Any) -> Tensor:
+    """What evaluation mode computes, by hand."""
+    layer = model[1]
+    x = (model[0](batch[0]) - layer.running_mean) / (layer.running_var + layer.eps).sqrt()
+    return (model[3](torch.tanh(x * layer.weight + layer.bias)) - batch[1]).square().mean()
+
+
+def test_an_implicit_hypergradient_through_attributes() -> None:
+    found = []
+    for val_loss in (in_eval_mode, folded):
+        model = network()
+        tune = [Hyperparameter("weight_decay")]
+        hyper = HyperOptimizer(
+            model, sgd(model), mse, tune, Implicit(Cholesky(damping=30.0)), FROZEN, val_loss=val_loss
+        )
+        for batch in BATCHES:
+            hyper.step(batch)
+        found.append(hyper.hypergradient(VAL)["weight_decay/group0"].item())
+    assert found[1] == pytest.approx(found[0], rel=1e-10)
 
 
 @pytest.mark.parametrize("method", [*EXACT, Unrolled(second_order="finite_difference")], ids=str)
