@@ -196,7 +196,11 @@ def validation_batches(given: Any, not_given: Any, batches: Any, sizes: Any) -> 
             f"{type(batches).__name__}. Pass a single batch as the first argument."
         )
     if sizes is not None:
-        sizes = [float(size) for size in sizes]
-        if not all(math.isfinite(size) and size > 0 for size in sizes):
-            raise ValueError(f"sizes must be positive numbers, one for each of batches, got {sizes}.")
+        try:
+            numbers = [float(size) for size in sizes]
+        except (TypeError, ValueError):
+            numbers = [math.nan]
+        if not all(math.isfinite(number) and number > 0 for number in numbers):
+            raise ValueError(f"sizes must be positive numbers, one for each of batches, got {sizes!r}.")
+        sizes = numbers
     return Batches(batches, sizes)
