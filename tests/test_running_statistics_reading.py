@@ -258,6 +258,19 @@ MODELS = {"own": lambda: network(Own), "subclass": lambda: network(lambda: Stret
 
 @every_method
 @pytest.mark.parametrize("kind", MODELS)
+def test_attributes_of_layers_that_validation_does_not_call(kind: str, method: Method) -> None:
+    """What moves the buffers of a layer of one's own shows in training alone."""
+
+    def val_loss(model: Any, batch: Any) -> Tensor:
+        mean, var = (buffer for buffer in model.buffers() if buffer.is_floating_point())
+        x = (model[0](batch[0]) - mean) / (var + 0.1).sqrt()
+        return (model[-1](torch.tanh(x)) - batch[1]).square().mean()
+
+    check(method, MODELS[kind], val_loss=val_loss)
+
+
+@every_method
+@pytest.mark.parametrize("kind", MODELS)
 def test_who_moves_them_does_not_matter(kind: str, method: Method) -> None:
     check(method, MODELS[kind])
 

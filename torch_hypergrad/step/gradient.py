@@ -71,6 +71,7 @@ class GradientStage:
         self.live, self.tensors, self.running, self.readings = live, list(tensors), running, asked
         self.loss, self.grad_transform, self.recorder = train_loss, grad_transform, recorder
         self._twice_differentiable = twice_differentiable
+        self._is_first = True
         self._inspected: set[tuple[str, int, bool, bool]] = set()
         self._plain = self.captured(self._plain_gradient, "the training gradient") or self._plain_gradient
 
@@ -91,7 +92,13 @@ class GradientStage:
 
     def plain(self, step: Step) -> Evaluation:
         """The loss on a step's batch and its gradient, without graph."""
-        loss, grads = self._plain(step.given if step.given is not None else recorded(step.batch))
+        batch = step.given if step.given is not None else recorded(step.batch)
+        if self._is_first and self.running.may_find:
+            found = self.evaluate(batch, trace=self.running.trace(buffers=False, padding=True))
+            loss, grads = found.loss.detach(), found.grads
+        else:
+            loss, grads = self._plain(batch)
+        self._is_first = False
         return Evaluation(loss, grads, rng=self._rng())
 
     def evaluate(

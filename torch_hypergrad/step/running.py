@@ -59,6 +59,11 @@ class RunningBuffers:
         """Whether there may be any."""
         return bool(self.floats)
 
+    @property
+    def may_find(self) -> bool:
+        """Whether there are buffers that a call may turn out to move."""
+        return bool(self.floats - self.moving)
+
     def trace(self, *, buffers: bool, padding: bool = False, check: bool = True) -> Trace:
         """To trace one loss with.
 
