@@ -35,6 +35,7 @@ setup(
         "tensorboard>=2.16",
         "jinja2>=3.1",
         "filelock>=3.12",
+        "psutil>=5.9",
     ],
     extras_require={"test": test, "bench": bench, "dev": [*test, *bench, "ruff>=0.6", "mypy>=1.11"]},
 )

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_hypergrad import HyperOptimizer, Hyperparameter
+from torch_hypergrad import HyperOptimizer, Hyperparameter, Unrolled
 from torch_hypergrad.methods import Method
 
 FROZEN = partial(torch.optim.SGD, lr=0.0)
+REPLAY = Unrolled(memory=0)
+"""Every step is taken again."""
 """A hyper optimizer that changes nothing."""
 
 SGD = partial(torch.optim.SGD, lr=0.1)

@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+from problems import REPLAY
 from torch_hypergrad import ForwardMode, HyperOptimizer, Hyperparameter, Identity, Implicit, Unrolled
 
 HYPER_SGD = partial(torch.optim.SGD, lr=1e-3)
 ADAM = partial(torch.optim.Adam, lr=1e-2, weight_decay=1e-3)
 LR = (Hyperparameter("lr"),)
 DECAY = (Hyperparameter("weight_decay"),)
-EVERY_METHOD = [Unrolled(), Unrolled(max_snapshots=2), ForwardMode(), Implicit(Identity(0.1))]
-REPLAYING = [Unrolled(), Unrolled(max_snapshots=2), ForwardMode()]
+EVERY_METHOD = [REPLAY, Unrolled(max_snapshots=2), ForwardMode(), Implicit(Identity(0.1))]
+REPLAYING = [REPLAY, Unrolled(max_snapshots=2), ForwardMode()]
 
 
 def network(seed=0, width=4):
@@ -39,7 +40,7 @@ def make(
     model=None, optimizer=ADAM, train_loss=mse, tune=LR, method=None, hyper_optimizer=HYPER_SGD, **options
 ):
     model = network() if model is None else model
-    method = Unrolled() if method is None else method
+    method = REPLAY if method is None else method
     return HyperOptimizer(
         model, optimizer(model.parameters()), train_loss, tune, method, hyper_optimizer, **options
     )

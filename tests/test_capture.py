@@ -139,10 +139,12 @@ def test_captured_training_is_eager_training(method: Any, recorder: StandIn) -> 
     assert run(hyper, BATCHES) == run(eager, BATCHES)
     check_equal(hyper, eager)
     functions = 2 if method in METHODS[:2] else 1  # with products of second derivatives
+    without_product = 2 if method in METHODS[:2] else 0  # the first step of each window
     # Each takes the gradient once more, and solves for the first time.
     hyper_steps = 2 if isinstance(method, Implicit) else 0
     assert (recorder.warm_ups, recorder.recordings) == (functions * NUM_WARM_UPS + hyper_steps, functions)
-    assert recorder.replays == functions * (2 * len(BATCHES) - NUM_WARM_UPS) + hyper_steps
+    steps = functions * (2 * len(BATCHES) - NUM_WARM_UPS) - without_product
+    assert recorder.replays == steps + hyper_steps
 
 
 def test_the_last_batch_may_be_smaller(recorder: StandIn) -> None:

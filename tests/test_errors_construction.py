@@ -80,6 +80,22 @@ def test_hyperparameter_refuses(arguments, kind, words):
         ),
         (lambda: Unrolled(offload="disk"), ValueError, ["offload", "'disk'", "'cpu'"]),
         (lambda: Unrolled(offload=True), ValueError, ["offload", "True", "'cpu'"]),
+        (lambda: Unrolled(memory=-1), ValueError, ["memory", "-1", "at least 0", "bytes"]),
+        (lambda: Unrolled(memory=1.5), ValueError, ["memory", "1.5", "at most 1"]),
+        (lambda: Unrolled(memory=float("nan")), ValueError, ["memory", "nan"]),
+        (lambda: Unrolled(memory="1GB"), TypeError, ["memory", "'1GB'", "int", "float"]),
+        (lambda: Unrolled(memory=True), TypeError, ["memory", "True"]),
+        (
+            lambda: Unrolled(memory=0.5, max_graphs=3),
+            ValueError,
+            ["memory=0.5", "max_graphs=3", "one of them"],
+        ),
+        (
+            lambda: Unrolled(memory=1000, second_order="forward"),
+            ValueError,
+            ["memory=1000", "second_order='forward'", "Leave memory=1000 out"],
+        ),
+        (lambda: Unrolled(memory=0.1, offload="cpu"), ValueError, ["memory=0.1", "offload='cpu'"]),
         (lambda: Unrolled(max_graphs=0), ValueError, ["max_graphs", "0", "at least 1"]),
         (lambda: Unrolled(max_graphs=True), TypeError, ["max_graphs", "int", "True"]),
         (

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from problems import REPLAY
 from refusals import (
     ADAM,
     DECAY,
@@ -133,7 +134,7 @@ def once_in_the_middle(model, batch):
 
 
 @pytest.mark.parametrize("train_loss", [once_at_the_end, once_in_the_middle])
-@pytest.mark.parametrize("method", [Unrolled(), Unrolled(max_snapshots=2), Implicit(CG())], ids=str)
+@pytest.mark.parametrize("method", [REPLAY, Unrolled(max_snapshots=2), Implicit(CG())], ids=str)
 def test_a_function_that_cannot_be_differentiated_twice(method, train_loss):
     hyper = make(train_loss=train_loss, tune=DECAY, method=method)
     for seed in range(2):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from problems import REPLAY
 from refusals import (
     ADAM,
     DECAY,
@@ -125,14 +126,14 @@ def test_past_the_end_of_a_schedule():
     ],
     ids=short,
 )
-@pytest.mark.parametrize("method", [Unrolled(), ForwardMode()], ids=str)
+@pytest.mark.parametrize("method", [REPLAY, ForwardMode()], ids=str)
 def test_a_grad_transform_that_returns_something_else(transform, kind, words, method):
     hyper = make(grad_transform=transform, method=method)
     with unchanged(hyper), refused(kind, *words):
         hyper.step(batch(0))
 
 
-@pytest.mark.parametrize("method", [Unrolled(), ForwardMode()], ids=str)
+@pytest.mark.parametrize("method", [REPLAY, ForwardMode()], ids=str)
 def test_a_grad_transform_that_loses_the_graph(method):
     hyper = make(grad_transform=lambda grads: [grads[0].detach(), *grads[1:]], method=method)
     call = hyper.step
@@ -164,7 +165,7 @@ def test_a_sparse_gradient():
 def test_a_param_group_that_came_later():
     model = network()
     optimizer = ADAM(model[0].parameters())
-    hyper = HyperOptimizer(model, optimizer, mse, LR, Unrolled(), HYPER_SGD)
+    hyper = HyperOptimizer(model, optimizer, mse, LR, REPLAY, HYPER_SGD)
     hyper.step(batch(0))
     optimizer.add_param_group({"params": model[4].parameters()})
     with unchanged(hyper), refused(ValueError, "group", "after", "new HyperOptimizer"):
@@ -279,12 +280,12 @@ def test_a_change_of_a_tuned_tensor_without_a_trace_is_found_at_the_hyper_step(n
 @pytest.mark.parametrize(("change", "words"), EVERY_CHANGE, ids=short)
 def test_restart_recovers_from_a_change(change, words):
     """The run after it is what it would have been, with the tuned tensor as the change left it."""
-    hyper, scale = scaled(Unrolled())
+    hyper, scale = scaled(REPLAY)
     for seed in range(2):
         hyper.step(batch(seed))
     change(hyper, scale)
     hyper.restart()
-    untouched, _ = scaled(Unrolled(), scale.detach().clone().requires_grad_())
+    untouched, _ = scaled(REPLAY, scale.detach().clone().requires_grad_())
     runs = []
     for h in (hyper, untouched):
         torch.manual_seed(3)
@@ -335,7 +336,7 @@ def validation_gradients(hyper):
 
 
 @pytest.mark.parametrize(
-    "method", [Unrolled(), Unrolled(max_snapshots=2), Implicit(Identity(0.1), num_batches=4)], ids=str
+    "method", [REPLAY, Unrolled(max_snapshots=2), Implicit(Identity(0.1), num_batches=4)], ids=str
 )
 def test_a_batch_changed_in_place_before_its_replay(method):
     hyper = make(tune=DECAY, method=method)

@@ -234,6 +234,13 @@ class FakeTraining:
 
     num_replays = 0
 
+    @property
+    def update(self):
+        return self
+
+    def to_pull(self, state, step):
+        return state
+
     def apply(self, step, state):
         assert step == state.t, "a step is taken again from the state before it"
         self.num_replays += 1

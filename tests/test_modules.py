@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from problems import FROZEN, mse, random_batch
-from torch_hypergrad import HyperOptimizer, Hyperparameter, Unrolled
+from problems import FROZEN, REPLAY, mse, random_batch
+from torch_hypergrad import HyperOptimizer, Hyperparameter
 from torch_hypergrad.testing import check_hypergradient, derivative
 
 BATCHES = [random_batch(8, 4, seed) for seed in range(6)]
@@ -140,7 +140,7 @@ def hyper_optimizer(
     tune = tune or [Hyperparameter("weight_decay", per="tensor")]
     loss = options.pop("train_loss", mse)
     return HyperOptimizer(
-        model, optimizer(model.parameters()), loss, tune, method or Unrolled(), FROZEN, **options
+        model, optimizer(model.parameters()), loss, tune, method or REPLAY, FROZEN, **options
     )
 
 

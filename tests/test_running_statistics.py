@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from problems import FROZEN, random_batch
+from problems import FROZEN, REPLAY, random_batch
 from torch_hypergrad import ForwardMode, HyperOptimizer, Hyperparameter, Unrolled
 from torch_hypergrad.methods import Method
 from torch_hypergrad.testing import derivative
@@ -249,7 +249,7 @@ def check(
         AssertionError: if they differ; or if a case that is sensitive to the statistics is not, or the
             reverse.
     """
-    hyper = hyper or train(case, make_hyper(case, tune, method or Unrolled()))
+    hyper = hyper or train(case, make_hyper(case, tune, method or REPLAY))
     assert hyper.validation_loss(case.val).item() == pytest.approx(unperturbed(case).loss, rel=1e-12)
     found, chosen = hyper.hypergradient(case.val), entries(tune, hyper)
     computed = torch.stack([found[key].reshape(-1)[entry.index] for key, entry in chosen])
@@ -550,7 +550,7 @@ def test_methods(kind: str) -> None:
     """All ways to the derivative of the same training, each against plain training, and snapshots without a
     difference in any bit."""
     case = CASES[kind]
-    unrolled = train(case, make_hyper(case, NUMBERS, Unrolled()))
+    unrolled = train(case, make_hyper(case, NUMBERS, REPLAY))
     check(case, NUMBERS, hyper=unrolled)
     check(case, NUMBERS, ForwardMode())
     check(case, NUMBERS, Unrolled(second_order="finite_difference"), rtol=1e-5)
@@ -590,7 +590,7 @@ def recalibrated(model: nn.Module, batch: Any) -> Tensor:
     return evaluated(model, (x[6:], y[6:]))
 
 
-@pytest.mark.parametrize("method", [Unrolled(), ForwardMode(), Unrolled(max_graphs=3)], ids=str)
+@pytest.mark.parametrize("method", [REPLAY, ForwardMode(), Unrolled(max_graphs=3)], ids=str)
 @pytest.mark.parametrize("kind", ["momentum_none", "called_twice", "residual", "instance_norm_2d"])
 def test_validation_that_reads_no_statistics(kind: str, method: Method) -> None:
     """In train mode, or of the weights alone, nothing flows through the statistics."""
@@ -598,7 +598,7 @@ def test_validation_that_reads_no_statistics(kind: str, method: Method) -> None:
         check(validated(kind, val_loss), NUMBERS, method)
 
 
-@pytest.mark.parametrize("method", [Unrolled(), ForwardMode()], ids=str)
+@pytest.mark.parametrize("method", [REPLAY, ForwardMode()], ids=str)
 @pytest.mark.parametrize("kind", ["batch_norm_1d", "momentum_none", "instance_norm_2d"])
 def test_validation_that_moves_the_statistics_and_reads_them(kind: str, method: Method) -> None:
     check(validated(kind, recalibrated), NUMBERS, method)
@@ -626,7 +626,12 @@ SCALED = {
 @pytest.mark.parametrize("kind", SCALED)
 def test_a_tuned_scale_of_the_inputs(kind: str) -> None:
     """The statistics depend on it directly, and by the weights."""
-    for method in (Unrolled(), ForwardMode(), Unrolled(max_graphs=3), Unrolled(second_order="forward")):
+    for method in (
+        REPLAY,
+        ForwardMode(),
+        Unrolled(max_graphs=3),
+        Unrolled(second_order="forward"),
+    ):
         check(SCALED[kind], [], method)
     check(SCALED[kind], [], Unrolled(second_order="finite_difference"), rtol=1e-5)
 
@@ -640,6 +645,7 @@ def test_a_tuned_scale_with_truncation(method: Method) -> None:
 
 KEPT = [
     Unrolled(),
+    REPLAY,
     Unrolled(max_snapshots=2),
     Unrolled(truncation=WINDOW),
     Unrolled(offload="cpu"),
@@ -649,7 +655,7 @@ every_kept = pytest.mark.parametrize("method", KEPT, ids=str)
 
 
 @pytest.mark.parametrize(
-    "method", [Unrolled(), Unrolled(max_graphs=2), Unrolled(max_snapshots=2), ForwardMode()], ids=str
+    "method", [REPLAY, Unrolled(max_graphs=2), Unrolled(max_snapshots=2), ForwardMode()], ids=str
 )
 @some_cases
 def test_a_second_window_begins_with_the_statistics_of_the_first(kind: str, method: Method) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import torch_hypergrad
-from problems import FROZEN, mse, random_batch
+from problems import FROZEN, REPLAY, mse, random_batch
 from test_implicit import minimize
 from test_running_statistics import (
     BATCHES,
@@ -372,7 +372,7 @@ def test_implicit_against_plain_training_to_convergence() -> None:
 # ---- the checker -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [Unrolled(), ForwardMode()], ids=str)
+@pytest.mark.parametrize("method", [REPLAY, ForwardMode()], ids=str)
 @pytest.mark.parametrize("kind", ["momentum_none", "called_twice", "residual"])
 def test_the_checker_compares_with_training_whose_statistics_move(kind: str, method: Method) -> None:
     case = CASES[kind]
@@ -415,7 +415,7 @@ OWN = {
 def test_a_module_of_the_users(kind: str) -> None:
     for of_user in (RunningCenter, PastCenter):
         registered(of_user)
-    for method in (Unrolled(), ForwardMode(), Unrolled(max_graphs=3), Unrolled(max_snapshots=2)):
+    for method in (REPLAY, ForwardMode(), Unrolled(max_graphs=3), Unrolled(max_snapshots=2)):
         check(OWN[kind], NUMBERS, method)
     check(OWN[kind], NUMBERS, Unrolled(second_order="forward"))
     check(OWN[kind], NUMBERS, Unrolled(second_order="finite_difference"), rtol=1e-5)
@@ -423,7 +423,7 @@ def test_a_module_of_the_users(kind: str) -> None:
     check(OWN[kind], NUMBERS, Unrolled(truncation=4, max_graphs=9), since=len(BATCHES) - 4)
 
 
-@pytest.mark.parametrize("method", [Unrolled(), ForwardMode(), Unrolled(second_order="forward")], ids=str)
+@pytest.mark.parametrize("method", [REPLAY, ForwardMode(), Unrolled(second_order="forward")], ids=str)
 def test_reading_what_an_earlier_call_has_moved_is_refused(method: Any) -> None:
     """Training's own gradient does not go through it, so that the second derivative is none of a loss."""
     registered(PastCenter)

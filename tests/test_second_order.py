@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.utils.parametrizations import weight_norm
 
 from cells import ROWS, Cell, assert_close, exact, hypergradient, references
-from problems import FROZEN, GradientDescent, mse, random_batch, tanh_mlp
+from problems import FROZEN, REPLAY, GradientDescent, mse, random_batch, tanh_mlp
 from test_modules import ADAM, SGD, build
 from torch_hypergrad import (
     HyperOptimizer,
@@ -53,7 +53,7 @@ def made(
 ) -> HyperOptimizer:
     torch.manual_seed(0)
     model = make()
-    method = options.pop("method", None) or Unrolled(second_order=way)
+    method = options.pop("method", None) or Unrolled(memory=0, second_order=way)
     loss = options.pop("train_loss", mse)
     tune = [DECAY] if tune is None else tune
     return HyperOptimizer(
@@ -470,7 +470,7 @@ def test_weight_norm() -> None:
     """Its second derivative is wrong in PyTorch (``gradgradcheck`` fails),
     so it is refused where it would be used."""
     checked("finite_difference", with_weight_norm)
-    for method in (Unrolled(), Implicit(Neumann(2))):
+    for method in (REPLAY, Implicit(Neumann(2))):
         with pytest.raises(NotTwiceDifferentiableError, match=r"weight norm.*finite_difference"):
             trained(make=with_weight_norm, method=method).hypergradient(VAL)
 
@@ -542,7 +542,7 @@ class HoldsView(nn.Module):
         return torch.tanh(x @ self.views[0])[:, None] * self.views[0].sum() + self.linear.bias
 
 
-@pytest.mark.parametrize("method", [Unrolled(), Unrolled(max_snapshots=2), Unrolled(max_graphs=3)], ids=str)
+@pytest.mark.parametrize("method", [REPLAY, Unrolled(max_snapshots=2), Unrolled(max_graphs=3)], ids=str)
 def test_a_view_outside_the_model_follows_the_replay(method: Unrolled) -> None:
     checked(None, HoldsView, method=method)
 

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from problems import mse, random_batch, tanh_mlp
+from problems import REPLAY, mse, random_batch, tanh_mlp
 from refusals import frozen_bytes, refused
 from torch_hypergrad import (
     ForwardMode,
@@ -177,7 +177,7 @@ def loss_of_content(model: nn.Module, batch: Any) -> Tensor:
 
 
 RECORDING = [
-    Unrolled(),
+    REPLAY,
     Unrolled(offload="cpu"),
     Unrolled(max_snapshots=2),
     Implicit(Neumann(3, 0.05), num_batches=3),
@@ -237,7 +237,7 @@ def one_process() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-EVERY_METHOD = [Unrolled(), Unrolled(max_graphs=3), ForwardMode(), Implicit(Identity(0.1))]
+EVERY_METHOD = [REPLAY, Unrolled(max_graphs=3), ForwardMode(), Implicit(Identity(0.1))]
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, about what is to come
@@ -301,7 +301,7 @@ def of_parts(method: Method, model: nn.Module) -> float:
 
 
 UNROLLING = [
-    Unrolled(),
+    REPLAY,
     Unrolled(max_snapshots=2),
     Unrolled(max_graphs=3),
     Unrolled(second_order="forward"),
@@ -344,7 +344,7 @@ def by_scale(method: Method, scale: Tensor) -> Tensor:
     return found
 
 
-METHODS_OF_TENSORS = [ForwardMode(), Unrolled(), Implicit(Neumann(5, 0.05))]
+METHODS_OF_TENSORS = [ForwardMode(), REPLAY, Implicit(Neumann(5, 0.05))]
 
 
 @pytest.mark.parametrize("method", METHODS_OF_TENSORS, ids=str)
@@ -373,7 +373,7 @@ def test_a_tuned_tensor_that_is_expanded(method: Method) -> None:
 
 @pytest.mark.parametrize("num_steps", [0, 2])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps])
-@pytest.mark.parametrize("method", [Unrolled(), Unrolled(max_graphs=3)], ids=str)
+@pytest.mark.parametrize("method", [REPLAY, Unrolled(max_graphs=3)], ids=str)
 def test_a_copy_is_refused(method: Method, duplicate: Callable[[Any], Any], num_steps: int) -> None:
     """It would share the loss's model, or lose the recorded window."""
     hyper = trained(hyper_of(tanh_mlp(), mse, DECAY, method), BATCHES[:num_steps])
@@ -421,7 +421,7 @@ def test_batches_without_sizes_weigh_the_same(method: Method) -> None:
 
 def test_batches_of_a_loader() -> None:
     loader = DataLoader(TensorDataset(*VAL), batch_size=3)
-    assert_all_equal(ready(Unrolled()), {"batches": loader, "sizes": SIZES}, ready(Unrolled()), VAL)
+    assert_all_equal(ready(REPLAY), {"batches": loader, "sizes": SIZES}, ready(REPLAY), VAL)
 
 
 BAD_BATCHES: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
@@ -442,7 +442,7 @@ BAD_BATCHES: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
 def test_batches_that_do_not_fit(
     call: str, given: tuple[Any, ...], options: dict[str, Any], pattern: str
 ) -> None:
-    hyper = ready(Unrolled())
+    hyper = ready(REPLAY)
     with pytest.raises((TypeError, ValueError), match=pattern):
         getattr(hyper, call)(*given, **options)
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from problems import mse, tanh_mlp
+from problems import REPLAY, mse, tanh_mlp
 from refusals import frozen_bytes
 from test_silent_errors import BATCHES, DECAY, VAL, differences, hyper_of, right_or_refused, trained
 from test_snapshots import live_bytes
@@ -42,8 +42,16 @@ Source: TypeAlias = Callable[[], tuple[nn.Module, Loss]]
 
 FORWARD, DIFFERENCES = Unrolled(second_order="forward"), Unrolled(second_order="finite_difference")
 WAYS: list[Any] = ["reverse", "forward", "finite_difference"]
-REPLAYING = [Unrolled(second_order=way, max_snapshots=budget) for way in WAYS for budget in (None, 2)]
-UNROLLING = [Unrolled(), Unrolled(max_snapshots=2), Unrolled(max_graphs=3), DIFFERENCES, ForwardMode()]
+REPLAYING = [
+    Unrolled(memory=0, second_order=way, max_snapshots=budget) for way in WAYS for budget in (None, 2)
+]
+UNROLLING = [
+    REPLAY,
+    Unrolled(max_snapshots=2),
+    Unrolled(max_graphs=3),
+    DIFFERENCES,
+    ForwardMode(),
+]
 
 # ---- autocast around the calls -----------------------------------------------------------------------------
 
@@ -164,7 +172,7 @@ def test_a_loss_that_is_another_one_when_replayed(source: Source, method: Method
         assert any(n == pytest.approx(recorded[int(number[1]) - 1], rel=1e-2) for n in told)
 
 
-@pytest.mark.parametrize("method", [Unrolled(max_graphs=100), ForwardMode()], ids=str)
+@pytest.mark.parametrize("method", [Unrolled(), Unrolled(max_graphs=100), ForwardMode()], ids=str)
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_loss_that_is_never_replayed_may_read_anything(source: Source, method: Method) -> None:
     """It is called once for each step, as in a plain loop."""
@@ -233,7 +241,7 @@ def test_random_numbers_of_a_long_window_take_little_memory() -> None:
 
 @pytest.mark.parametrize("seeded_at", [None, 20])
 def test_random_numbers_between_steps_are_drawn_again_to_the_bit(seeded_at: int | None) -> None:
-    expected = drawing(Unrolled(), 40, seeded_at).hypergradient(VAL)
+    expected = drawing(REPLAY, 40, seeded_at).hypergradient(VAL)
     hyper = drawing(Unrolled(max_snapshots=10), 40, seeded_at)
     assert frozen_bytes(hyper.hypergradient(VAL)) == frozen_bytes(expected)
 
@@ -288,12 +296,12 @@ def checkpointed(body: str, on: bool, dtype: torch.dtype = torch.float64) -> nn.
 
 @pytest.mark.parametrize("body", ["dropout", "batch_norm", "mode"])
 @pytest.mark.parametrize(
-    "method", [Unrolled(max_graphs=50), Unrolled(max_graphs=2), Unrolled(), ForwardMode()], ids=str
+    "method", [Unrolled(max_graphs=50), Unrolled(max_graphs=2), REPLAY, ForwardMode()], ids=str
 )
 def test_what_is_checkpointed_is_computed_again_in_its_own_mode(method: Method, body: str) -> None:
     """A kept graph calls the checkpointed part when it is gone back through, with the model in eval mode."""
     answers = []
-    for on, way in ((False, Unrolled()), (True, method)):
+    for on, way in ((False, REPLAY), (True, method)):
         hyper = trained(hyper_of(checkpointed(body, on), mse, [Hyperparameter("lr")], way), BATCHES)
         hyper.model.eval()
         answers.append(hyper.hypergradient(VAL)["lr/group0"].item())
@@ -302,7 +310,7 @@ def test_what_is_checkpointed_is_computed_again_in_its_own_mode(method: Method, 
 
 
 CHECKPOINTED_ATTENTION = [
-    Unrolled(),
+    REPLAY,
     Unrolled(max_graphs=5),
     ForwardMode(),
     FORWARD,
@@ -357,7 +365,7 @@ def of_language(method: Method, *, tied: bool) -> float:
     return trained(hyper, TOKENS[:4]).hypergradient(TOKENS[4])["lr/group0"].item()
 
 
-ON_TOKENS = [Unrolled(), Unrolled(max_graphs=3), ForwardMode(), FORWARD, DIFFERENCES]
+ON_TOKENS = [REPLAY, Unrolled(max_graphs=3), ForwardMode(), FORWARD, DIFFERENCES]
 
 
 @pytest.mark.parametrize("method", ON_TOKENS, ids=str)

@@ -51,7 +51,8 @@ def linear(slopes):
 @pytest.mark.parametrize("num_steps", [1, 5, 30])
 def test_growth_along_an_eigenvector(curvature, num_steps):
     report = report_of(Weights(1.0), quadratic([curvature]), linear([2.5]), lr=0.5, num_steps=num_steps)
-    assert report.adjoint_growth == pytest.approx(max(1.0, abs(1 - 0.5 * curvature) ** num_steps), rel=1e-12)
+    largest = max(1.0, abs(1 - 0.5 * curvature) ** (num_steps - 1))  # nobody asks for that of the start
+    assert report.adjoint_growth == pytest.approx(largest, rel=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, {"max_snapshots": 3}, {"offload": "cpu"}])
@@ -68,7 +69,7 @@ def test_growth_of_two_directions_together(options):
         method=Unrolled(**options),
         groups=groups,
     )
-    norms = [math.hypot(0.3 * 2.0**t, 4.0 * 0.9**t) for t in range(13)]
+    norms = [math.hypot(0.3 * 2.0**t, 4.0 * 0.9**t) for t in range(12)]
     assert report.adjoint_growth == pytest.approx(max(norms) / norms[0], rel=1e-12)
 
 
@@ -76,7 +77,7 @@ def test_truncation_counts_its_own_steps():
     report = report_of(
         Weights(1.0), quadratic([6.0]), linear([1.0]), lr=0.5, num_steps=20, method=Unrolled(truncation=7)
     )
-    assert report.adjoint_growth == pytest.approx(2.0**7)
+    assert report.adjoint_growth == pytest.approx(2.0**6)
 
 
 def test_a_validation_loss_at_its_optimum():

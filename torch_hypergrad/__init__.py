@@ -1,5 +1,6 @@
 """Gradient-based hyperparameter optimization for PyTorch."""
 
+from .device.host_memory import keep_freed_memory
 from .errors import (
     HypergradientError,
     NonFiniteError,
@@ -38,6 +39,7 @@ __all__ = [
     "TrajectoryError",
     "Unrolled",
     "UpdateRule",
+    "keep_freed_memory",
     "register_buffers",
     "register_update",
 ]

@@ -23,8 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 if training failed; 2 for a configuration or folder that is refused; 128 and the
         signal's number if a signal stopped the run.
     """
+    from .device.host_memory import keep_freed_memory
     from .experiment.loop import TrainingError
 
+    keep_freed_memory()  # the process is the command's own
     argv = sys.argv[1:] if argv is None else list(argv)
     parser, commands = _parser()
     try:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .device.capture import recorder_for
-from .device.host_memory import keep_freed_memory
 from .device.readings import Reading
 from .errors import TrajectoryError
 from .history.packing import pack_state, unpack_state
@@ -121,7 +120,6 @@ class HyperOptimizer:
         if method.needs_second_derivatives:
             check_not_compiled([model, *hyperparameters.modules])
         check_tuned_tensors(hyperparameters, optimizer, val_loss)
-        keep_freed_memory()
         self.model, self.optimizer = model, optimizer
         self._hyperparameters, self._method = hyperparameters, method
         self._problem = make_problem(
@@ -134,7 +132,6 @@ class HyperOptimizer:
             recorder_for([p for group in optimizer.param_groups for p in group["params"]])
             if capture
             else None,
-            keeps_graphs=method.keeps_graphs,
             twice_differentiable=method.replays and method.needs_second_derivatives,
         )
         self._window = method.start(self._problem)

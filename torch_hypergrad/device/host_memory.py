@@ -1,10 +1,12 @@
-"""Memory of the CPU that is used again and again."""
+"""Memory of the CPU: how much there is, what is kept of it, and how it compares."""
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
+from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -18,19 +20,44 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 @cache
-def keep_freed_memory() -> None:
-    """Has glibc keep memory that was freed, up to a gigabyte, instead of giving it back to the system at
-    once.
+def keep_freed_memory() -> bool:
+    """Has glibc keep memory that was freed, up to a gigabyte, for this process, instead of giving it back to
+    the system at once.
 
-    Each training step frees the graph that the next one needs again, and each hyper step the window that the
-    next one needs. By default glibc gives such memory back, and gets it again page by page, cleared, which
-    can take as long as the arithmetic of a small network. PyTorch keeps memory of CUDA devices in the same
-    way. Elsewhere than on glibc nothing happens.
+    A setting of the whole process, so nothing here makes it but this call: make it once, at the start of a
+    program that trains on a CPU. Each training step frees the graph that the next one needs again, and each
+    hyper step the window that the next one needs. By default glibc gives such memory back, and gets it again
+    page by page, cleared, which can take as long as the arithmetic of a small network; the plain loop gains
+    too. The price is memory that other processes cannot have. PyTorch keeps memory of CUDA devices in the
+    same way.
+
+    Returns:
+        Whether the C library is glibc; elsewhere nothing happens.
     """
     libc = _c_library()
-    if libc is not None and hasattr(libc, "gnu_get_libc_version"):
-        libc.mallopt(_M_MMAP_THRESHOLD, LARGEST)
-        libc.mallopt(_M_TRIM_THRESHOLD, KEPT)
+    if libc is None or not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    libc.mallopt(_M_MMAP_THRESHOLD, LARGEST)
+    libc.mallopt(_M_TRIM_THRESHOLD, KEPT)
+    return True
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that this process may have at most: the device's, or of host memory what the machine
+    has and its control group allows."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [psutil.virtual_memory().total]
+    for path in _CGROUP_LIMITS:
+        if path.exists() and (text := path.read_text().strip()).isdigit():
+            limits.append(int(text))
+    return min(limits)
+
+
+_CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)  # of both versions
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
@@ -122,14 +123,29 @@ def _method(config: Config) -> Iterator[str]:
             chosen += f" with method.solver={method.solver or 'neumann'}"
         able = ", ".join(sorted(taken["method"] | taken["solver"])) or "no key"
         yield f"method.{key}={value} does not go with {chosen}, which takes: {able}."
-    if method.max_graphs is not None:
-        other = "offload" if method.offload is not None else "second_order"
-        if method.offload is not None or method.second_order not in (None, "reverse"):
-            yield (
-                f"method.max_graphs={method.max_graphs} does not go with "
-                f"method.{other}={getattr(method, other)}: it keeps graphs of double backward in the "
-                "device's memory. Set one of them to null."
-            )
+    yield from _graphs(method)
+
+
+def _graphs(method: MethodConfig) -> Iterator[str]:
+    """What keeps graphs, with what keeps none."""
+    memory, max_graphs = method.memory, method.max_graphs
+    if memory is not None and not 0 <= memory <= (1 if isinstance(memory, float) else math.inf):
+        yield (
+            f"method.memory={memory} must be a number of bytes (an integer) or a part of all memory (a "
+            "number from 0 to 1)."
+        )
+    if memory is not None and max_graphs is not None:
+        yield (
+            f"method.memory={memory} and method.max_graphs={max_graphs} both say how many graphs are kept. "
+            "Set one of them to null."
+        )
+    key = "memory" if memory else None if max_graphs is None else "max_graphs"
+    other = "offload" if method.offload is not None else "second_order"
+    if key is not None and (method.offload is not None or method.second_order not in (None, "reverse")):
+        yield (
+            f"method.{key}={getattr(method, key)} does not go with method.{other}={getattr(method, other)}: "
+            "it keeps graphs of double backward in the device's memory. Set one of them to null."
+        )
 
 
 def _tune(config: Config) -> Iterator[str]:

@@ -131,8 +131,10 @@ class MethodConfig:
             episode
         max_snapshots: of unrolled: keep at most so many states and recompute the others. null keeps all
         offload: of unrolled: keep states in the memory of the CPU
-        max_graphs: of unrolled: keep the graphs of the last so many steps, which saves the time of replaying
-            them and takes their memory; not with offload. null replays all
+        memory: of unrolled: how much memory graphs of steps may take, which saves the time of replaying them:
+            bytes (an integer), or a part of all memory (a number up to 1); 0 replays all; not with offload.
+            null keeps light ones, and others within a tenth of the memory, if max_snapshots is null
+        max_graphs: of unrolled: in the place of memory, keep the graphs of the last so many steps
         second_order: of unrolled and implicit: how products with second derivatives are computed: reverse
             (double backward) or forward (dual numbers), both exact, or finite_difference (two gradients).
             null takes reverse
@@ -152,6 +154,7 @@ class MethodConfig:
     truncation: int | None = None
     max_snapshots: int | None = None
     offload: Literal["cpu"] | None = None
+    memory: int | float | None = None
     max_graphs: int | None = None
     second_order: Literal["reverse", "forward", "finite_difference"] | None = None
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 from itertools import zip_longest
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import NotTwiceDifferentiableError
 
@@ -38,8 +40,21 @@ def is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+Output: TypeAlias = "Tensor | GradientEdge"
+"""A tensor, or where it stands in its graph."""
+
+
+def edge(tensor: Tensor) -> Output:
+    """Where the tensor stands in its graph: as good as the tensor to go back from, without its values."""
+    return tensor if tensor.grad_fn is None else get_gradient_edge(tensor)
+
+
+def _has_graph(output: Output) -> bool:
+    return isinstance(output, GradientEdge) or output.requires_grad
+
+
 def gradients(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Output],
     inputs: Sequence[Tensor],
     grad_outputs: Sequence[Tensor | None] | None = None,
     *,
@@ -48,12 +63,12 @@ def gradients(
 ) -> list[Tensor | None]:
     """``torch.autograd.grad`` that gives None for what does not matter, also where no output has a graph."""
     grad_outputs = [None] * len(outputs) if grad_outputs is None else grad_outputs
-    pairs = [(o, g) for o, g in zip(outputs, grad_outputs) if o.requires_grad]
+    pairs = [(o, g) for o, g in zip(outputs, grad_outputs) if _has_graph(o)]
     if not pairs or not inputs:
         return [None] * len(inputs)
     with explain_missing_second_derivative():
         found = torch.autograd.grad(
-            [o for o, _ in pairs],
+            [o for o, _ in pairs],  # type: ignore[arg-type]
             inputs,
             [g for _, g in pairs],
             create_graph=create_graph,
@@ -64,7 +79,7 @@ def gradients(
 
 
 def pulled(
-    outputs: Sequence[Tensor | None],
+    outputs: Sequence[Output | None],
     adjoints: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
     *,
@@ -100,6 +115,65 @@ def linearized(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Callable[
 
     return push
 
+
+def num_nodes() -> int:
+    """How many nodes of graphs this thread has made so far."""
+    return torch.autograd._get_sequence_nr()
+
+
+@contextmanager
+def weighing(others: Iterable[Tensor]) -> Iterator[Callable[[], int]]:
+    """Gives a function that tells how many bytes the graphs made inside hold now, of memory that is none of
+    ``others``'.
+
+    Raises:
+        RuntimeError: of torch, which names saved tensor hooks, where something inside goes with none.
+    """
+    known = {tensor.untyped_storage()._cdata for tensor in others}
+    held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def pack(tensor: Tensor) -> tuple[Tensor, int]:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return tensor, tensor._version
+
+    def unpack(packed: tuple[Tensor, int]) -> Tensor:
+        tensor, version = packed
+        if tensor._version != version:  # torch looks at no counters where there are hooks
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace "
+                f"operation: a tensor of shape {tuple(tensor.shape)} is at version {tensor._version}; "
+                f"expected version {version} instead."
+            )
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield lambda: sum(size for storage, size in held.values() if not storage.expired())
+
+
+def set_versions(tensors: Sequence[Tensor], versions: Sequence[int]) -> None:
+    """Sets the version counters, by which autograd knows whether a graph is still valid."""
+    set_version = torch._C._autograd._unsafe_set_version_counter
+    if _SETS_MANY_VERSIONS:
+        set_version(tuple(tensors), tuple(versions))
+    else:
+        for tensor, version in zip(tensors, versions):
+            set_version(tensor, version)  # type: ignore[arg-type]
+
+
+def _sets_many_versions() -> bool:
+    """torch 2.6 takes one tensor at a time."""
+    tensor = torch.zeros(())
+    try:
+        torch._C._autograd._unsafe_set_version_counter((tensor,), (0,))
+    except TypeError:
+        return False
+    return True
+
+
+_SETS_MANY_VERSIONS = _sets_many_versions()
 
 _ATTENTION_KERNELS = (
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,6 +38,12 @@ class Bucket:
         """Shape of what the rule runs on."""
         return torch.Size([self.layout.numel]) if self.flat else self.layout.shapes[0]
 
+    @cached_property
+    def unread(self) -> Tensor:
+        """Stands for a vector that nobody reads, in the memory of one number. That is NaN, so that who reads
+        it all the same gets no number, wherever it lies."""
+        return torch.full((), math.nan, dtype=self.dtype).expand(self.shape)
+
     def gather(self, tensors: Sequence[Tensor | None] | Mapping[int, Tensor]) -> Tensor:
         """What the rule runs on, copied out of tensors for each parameter of the optimizer, none of its own
         None."""
@@ -44,4 +52,4 @@ class Bucket:
 
     def scatter(self, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The transpose of :meth:`gather`: each parameter's index and its view of ``tensor``."""
-        return zip(self.indices, self.layout.split(tensor.reshape(-1)))
+        return zip(self.indices, self.layout.split(tensor))

@@ -2,7 +2,7 @@
 
 from .base import History
 from .generators import GeneratorPath
-from .graphs import KeptGraphs
+from .graphs import KeptGraphs, Newest, Shelf, Within
 from .snapshots import Snapshots
 
-__all__ = ["GeneratorPath", "History", "KeptGraphs", "Snapshots"]
+__all__ = ["GeneratorPath", "History", "KeptGraphs", "Newest", "Shelf", "Snapshots", "Within"]

@@ -17,7 +17,10 @@ def pack_state(state: State, known: Evaluation | None = None) -> dict[str, Any]:
     return {
         "buckets": [list(part.bucket.indices) for part in state.parts],
         "params": list(state.params),
-        "rule_states": [dict(part.rule_state) for part in state.parts],
+        "rule_states": [
+            {key: None if value is part.bucket.unread else value for key, value in part.rule_state.items()}
+            for part in state.parts
+        ],
         "buffers": None if state.buffers is None else list(state.buffers),
         "known": None
         if known is None
@@ -31,7 +34,11 @@ def unpack_state(packed: dict[str, Any], optimizer: LiveOptimizer) -> tuple[Stat
     for indices, param, rule_state in zip(packed["buckets"], packed["params"], packed["rule_states"]):
         bucket = optimizer.bucket(indices)
         on_device = {
-            key: value.to(bucket.device) if isinstance(value, Tensor) and value.ndim > 0 else value
+            key: bucket.unread
+            if value is None
+            else value.to(bucket.device)
+            if isinstance(value, Tensor) and value.ndim > 0
+            else value
             for key, value in rule_state.items()
         }
         parts.append(Part(bucket, param.to(bucket.device), on_device))

@@ -79,10 +79,14 @@ class Snapshots(History):
         self.record(step, state, found if self._keeps_gradients else None)
         return step, after
 
-    def record(self, step: Step, state: State, known: Evaluation | None = None) -> None:
+    def record(
+        self, step: Step, state: State, known: Evaluation | None = None, to_pull: State | None = None
+    ) -> None:
         """Appends a step and, if it was wanted, the state before it, with the gradient there if that is to be
-        kept."""
+        kept. ``to_pull`` is what the step's pull reads of the state, where it is known."""
         wanted = self.wants_state()
+        if self._max_snapshots is None:  # no step is taken again from it: it is differentiated alone
+            state = to_pull or self._transition.update.to_pull(state, step)
         if wanted:
             self._keep_state(self._end, state, known)
         if self._path is not None:

@@ -87,11 +87,6 @@ class Method(ABC):
     kernels."""
 
     @property
-    def keeps_graphs(self) -> bool:
-        """Whether graphs of training steps outlive them."""
-        return False
-
-    @property
     @abstractmethod
     def needs_second_derivatives(self) -> bool:
         """Whether the training loss must have second derivatives, by double backward or dual numbers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -9,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 
+from ..device.host_memory import total_memory
 from ..ground.vectors import norm
-from ..history import GeneratorPath, History, KeptGraphs, Snapshots
+from ..history import GeneratorPath, History, KeptGraphs, Newest, Shelf, Snapshots, Within
 from ..step.problem import Problem
 from ..step.second_order import SecondOrder, check_second_order, ways
 from ..step.state import State, Step
@@ -18,6 +20,9 @@ from ..tune.hypergradient import Hypergradient
 from ..tune.hyperparameter_set import HyperparameterSet
 from ..updates import UpdateRule
 from .base import Method, Statistics, Validate, Window
+
+DEFAULT_MEMORY = 0.1
+"""The part of all memory that graphs may take, where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,14 @@ class Unrolled(Method):
             most ``2 * max_snapshots + 3`` alive. It never changes the answer. None keeps every state. At
             least 2 with a truncation.
         offload: ``"cpu"`` keeps states and batches in CPU memory. It never changes the answer.
-        max_graphs: keep the graphs of the last so many steps instead of replaying them, which is the fastest
-            way for short windows, and takes the memory of as many graphs; those of steps that a truncation
-            leaves out are not kept. It never changes the answer.
+        memory: how much memory the graphs of steps may take, in bytes (an int), or as a part of all that the
+            device has (a float). A step whose graph is kept need not be replayed, which is faster; the first
+            ones that fit are kept, the others replayed. It never changes the answer. ``0`` replays all. None,
+            the default, keeps a graph that weighs no more than the state at its step, and others within
+            :data:`DEFAULT_MEMORY`, a tenth of the memory; but none where that was not asked for: with
+            ``max_snapshots``, ``offload``, another ``second_order`` than ``"reverse"``, or captured steps.
+        max_graphs: in the place of ``memory``, keep the graphs of the last so many steps, whatever they
+            weigh.
         second_order: how the products with second derivatives are computed: ``"reverse"`` by double backward;
             ``"forward"`` by forward over reverse, which keeps no graph of a gradient; ``"finite_difference"``
             by central differences of gradients, which need first derivatives alone, and so work with compiled
@@ -47,15 +57,18 @@ class Unrolled(Method):
             of the third. Parts of the loss without a graph are constants with ``"reverse"`` alone (see
             ``docs/notation.md``).
 
-    Memory: ``(1 + number of state vectors) x parameters x snapshots``, and one step's graph; one vector more
-    for each snapshot, its gradient, where every state is kept and ``second_order`` is not ``"reverse"`` or
-    steps are captured. Time: a replayed step costs a gradient with graph and one double backward; by finite
-    differences two gradients.
+    Memory: where every state is kept, one vector of parameters for each step, and those vectors of the
+    optimizer's state that the derivative of the rule reads (none for a weight decay of SGD, all for Adam);
+    with ``max_snapshots`` all vectors of each; one step's graph, and those that are kept; one vector more,
+    the gradient, where every state is kept and ``second_order`` is not ``"reverse"`` or steps are captured.
+    Time: a step with its graph costs a gradient with graph and one double backward, a replayed step a plain
+    gradient more; by finite differences three gradients.
 
     Raises:
-        TypeError: for numbers that are no ints.
-        ValueError: for numbers below 1, ``max_snapshots=1`` with a truncation, an unknown ``offload`` or
-            ``second_order``, or ``max_graphs`` with another way than ``"reverse"``, or with ``offload``.
+        TypeError: for numbers that are no ints, or a ``memory`` that is no number.
+        ValueError: for numbers below 1, a negative ``memory`` or more than all, ``max_snapshots=1`` with a
+            truncation, an unknown ``offload`` or ``second_order``, ``max_graphs`` or ``memory`` with another
+            way than ``"reverse"``, or with ``offload``, or both.
 
     Source: Maclaurin, Duvenaud and Adams 2015; Franceschi et al. 2017, section 3.1.
     """
@@ -63,6 +76,7 @@ class Unrolled(Method):
     truncation: int | None = None
     max_snapshots: int | None = None
     offload: Literal["cpu"] | None = None
+    memory: int | float | None = None
     max_graphs: int | None = None
     second_order: SecondOrder = "reverse"
 
@@ -81,17 +95,7 @@ class Unrolled(Method):
         if self.offload not in (None, "cpu"):
             raise ValueError(f"Unrolled: offload must be 'cpu' or None, got {self.offload!r}.")
         check_second_order(self.second_order, "Unrolled")
-        if self.max_graphs is not None and (self.second_order != "reverse" or self.offload is not None):
-            raise ValueError(
-                f"Unrolled: max_graphs={self.max_graphs} keeps graphs of double backward in the device's "
-                "memory, so it goes with second_order='reverse' and offload=None, got "
-                f"second_order={self.second_order!r}, offload={self.offload!r}. Leave max_graphs out, or the "
-                "other."
-            )
-
-    @property
-    def keeps_graphs(self) -> bool:
-        return self.max_graphs is not None
+        _check_graphs(self)
 
     @property
     def needs_second_derivatives(self) -> bool:
@@ -136,12 +140,18 @@ class UnrolledWindow(Window):
         total, validation = Hypergradient(self._problem.hyperparameters), validate()
         self._problem.objective.add_direct(validation, total)
         adjoint = self._problem.adjoint(validation)
-        largest = last = norm(adjoint.params)
+        lengths = [norm(adjoint.params)]
         way, error = self._ways(), None
         with self._kernels():
-            for linearization in self._history.backward(way):
+            num_before = sum(1 for _ in self._history.steps()) - 1
+            for linearization, number in zip(self._history.backward(way), range(num_before, -1, -1)):
+                if number == 0:
+                    linearization.pull_hyperparameters(adjoint, total)
+                    break
                 adjoint = linearization.pull(adjoint, total)
-                largest, error = torch.maximum(largest, norm(adjoint.params)), linearization.error
+                lengths.append(norm(adjoint.params))
+                error = linearization.error
+        last, largest = lengths[0], torch.stack(lengths).max()
         growth = torch.where(last > 0, largest / last, torch.ones_like(last))
         return total, Statistics(product_error=error, adjoint_growth=growth)
 
@@ -149,6 +159,7 @@ class UnrolledWindow(Window):
 def history_of(problem: Problem, method: Unrolled) -> History:
     """What keeps the steps that ``method`` will go back over."""
     transition, live = problem.transition, problem.live
+    shelf = _shelf_of(problem, method)
     keeps_gradients = problem.records or method.second_order != "reverse"
     snapshots = Snapshots(
         transition,
@@ -158,6 +169,45 @@ def history_of(problem: Problem, method: Unrolled) -> History:
         path=GeneratorPath(live.model.rng),
         keeps_gradients=keeps_gradients and method.max_snapshots is None,
     )
-    if method.max_graphs is None:
-        return snapshots
-    return KeptGraphs(transition, snapshots, min(method.max_graphs, method.truncation or method.max_graphs))
+    return snapshots if shelf is None else KeptGraphs(transition, snapshots, shelf)
+
+
+def _shelf_of(problem: Problem, method: Unrolled) -> Shelf | None:
+    """Where graphs are kept, if any are."""
+    if method.max_graphs is not None:
+        return Newest(min(method.max_graphs, method.truncation or method.max_graphs))
+    is_asked = method.memory is not None
+    goes_with_none = method.offload or method.second_order != "reverse" or problem.records
+    if method.memory == 0 or (not is_asked and (goes_with_none or method.max_snapshots is not None)):
+        return None
+    memory = DEFAULT_MEMORY if method.memory is None else method.memory
+    if isinstance(memory, float):
+        memory = int(memory * total_memory(problem.live.params[0].device))
+    return Within(memory, with_light=not is_asked, max_age=method.truncation)
+
+
+def _check_graphs(method: Unrolled) -> None:
+    memory, max_graphs = method.memory, method.max_graphs
+    if memory is not None and (not isinstance(memory, (int, float)) or isinstance(memory, bool)):
+        raise TypeError(
+            "Unrolled: memory must be an int (bytes), a float (a part of all memory) or None, got "
+            f"{memory!r}."
+        )
+    if memory is not None and not 0 <= memory <= (1 if isinstance(memory, float) else math.inf):
+        raise ValueError(
+            f"Unrolled: memory must be at least 0, and a float at most 1, got {memory!r}. An int is a number "
+            "of bytes, a float a part of all memory."
+        )
+    if memory is not None and max_graphs is not None:
+        raise ValueError(
+            f"Unrolled: memory={memory} and max_graphs={max_graphs} both say how many graphs are kept. Pass "
+            "one of them."
+        )
+    goes_with_none = method.second_order != "reverse" or method.offload is not None
+    if goes_with_none and (max_graphs is not None or memory):
+        asked = f"memory={memory}" if max_graphs is None else f"max_graphs={max_graphs}"
+        raise ValueError(
+            f"Unrolled: {asked} keeps graphs of double backward in the device's memory, so it goes with "
+            f"second_order='reverse' and offload=None, got second_order={method.second_order!r}, "
+            f"offload={method.offload!r}. Leave {asked} out, or the other."
+        )

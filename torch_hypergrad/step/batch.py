@@ -94,7 +94,8 @@ def _tensors(thing: Any, depth: int = 0) -> Iterator[Tensor | np.ndarray]:
             yield from _tensors(value, depth + 1)
 
 
-def _watched(batch: Any) -> list[Tensor | np.ndarray]:
+def watched(batch: Any) -> list[Tensor | np.ndarray]:
+    """The tensors and arrays of a batch."""
     if _is_tuple_of_tensors(batch):
         return list(batch)
     return [found for leaf in tree_leaves(batch) for found in _tensors(leaf)]
@@ -102,12 +103,12 @@ def _watched(batch: Any) -> list[Tensor | np.ndarray]:
 
 def seen(batch: Any) -> Seen:
     """What the tensors of the batch are like now."""
-    return tuple(_look(found, of_all=_is_shared(found)) for found in _watched(batch))
+    return tuple(_look(found, of_all=_is_shared(found)) for found in watched(batch))
 
 
 def is_as_seen(batch: Any, before: Seen) -> bool:
     """Whether nobody has put others in their place, or written to them."""
-    now = _watched(batch)
+    now = watched(batch)
     return len(now) == len(before) and all(_look(f, of_all=b.of_all) == b for f, b in zip(now, before))
 
 

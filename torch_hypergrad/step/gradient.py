@@ -121,10 +121,10 @@ class GradientStage:
         twice = create_graph or dual
         with torch.enable_grad(), self.kernels(twice_differentiable=twice or self._twice_differentiable):
             with nullcontext() if trace is None else trace.hooked():
-                before = torch.autograd._get_sequence_nr()
+                before = autodiff.num_nodes()
                 loss = self._loss(batch, trace)
                 # Losses of one structure are looked at once: a penalty may come at every third step.
-                nodes = torch.autograd._get_sequence_nr() - before
+                nodes = autodiff.num_nodes() - before
                 kind = loss.grad_fn.name(), nodes, twice, trace is None  # type: ignore[union-attr]
                 is_new = kind not in self._inspected
                 if is_new:
@@ -195,8 +195,10 @@ class GradientStage:
         Args:
             compare: the weights are those of the step, so that the loss must be what it was.
         """
+        if step.given is not None:  # it is being taken: everything is as it should be
+            return self.evaluate(step.given, **options)
         self.return_to(step)
-        found = self.evaluate(recorded(step.batch) if step.given is None else step.given, **options)
+        found = self.evaluate(recorded(step.batch), **options)
         if compare:
             self.compare(step, found.loss)
         return found
@@ -258,7 +260,7 @@ class GradientStage:
         Raises:
             TrajectoryError: if so.
         """
-        if step.given is None and not is_as_seen(step.batch, step.seen):
+        if not is_as_seen(step.batch, step.seen):
             raise TrajectoryError(
                 f"A tensor in the batch of training step {step.number + 1} was changed in place after the "
                 "step, or another one put into its place. The step is replayed on the recorded batch, which "

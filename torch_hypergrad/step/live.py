@@ -16,15 +16,10 @@ from .state import Buffers, Part, PerParameter, State, Step
 
 
 class Live:
-    """What a state is read from and written to.
+    """What a state is read from and written to."""
 
-    Args:
-        keeps_graphs: graphs made inside :meth:`at` outlive the step, so that writing may not look like a
-            change to autograd.
-    """
-
-    def __init__(self, model: LiveModel, optimizer: LiveOptimizer, *, keeps_graphs: bool) -> None:
-        self.model, self.optimizer, self._keeps_graphs = model, optimizer, keeps_graphs
+    def __init__(self, model: LiveModel, optimizer: LiveOptimizer) -> None:
+        self.model, self.optimizer = model, optimizer
         self.params = model.params
         self._settings: tuple[dict[str, Any], ...] = ()
         self._written: State | None = None
@@ -92,13 +87,13 @@ class Live:
 
     def load(self, state: State) -> None:
         """Puts parameters and buffers into the model."""
-        self.model.write_params(state.parts, counted=not self._keeps_graphs)
+        self.model.write_params(state.parts)
         if state.buffers is not None:
             self.model.set_buffers(state.buffers)
 
     def write(self, state: State) -> None:
         """Puts parameters into the model, and the rule's states into the optimizer in torch's own format."""
-        self.model.write_params(state.parts, counted=not self._keeps_graphs)
+        self.model.write_params(state.parts)
         self.optimizer.write(state.parts)
         self.model.mark_written()
         self._written = state
@@ -121,12 +116,12 @@ class Live:
         return "the optimizer's state" if self.optimizer.replaced() else None
 
     @contextmanager
-    def undone_on_error(self, step: Step, buffers: Buffers) -> Iterator[None]:
+    def undone_on_error(self, step: Step, buffers: Buffers | None) -> Iterator[None]:
         """Puts buffers, modes and random number generators back if ``step``, just begun, fails."""
         try:
             yield
         except BaseException:
-            self.model.set_buffers(buffers)
+            self.model.set_buffers(buffers or ())
             self.model.set_surroundings(step.surroundings)
             raise
 

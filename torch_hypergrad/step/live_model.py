@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ..device import readings
 from ..device.host_memory import same_bits
+from ..ground import autodiff
 from ..ground.vectors import aligned, has_views, laid_out_as
 from .state import Buffers, Part, Surroundings
 
@@ -53,16 +54,13 @@ class LiveModel:
         """Every module that the training loss may call."""
         return self._modules
 
-    def write_params(self, parts: Sequence[Part], *, counted: bool) -> None:
-        """Copies the parts' vectors into the parameters.
-
-        Args:
-            counted: whether version counters move, by which autograd refuses graphs made before.
-        """
+    def write_params(self, parts: Sequence[Part]) -> None:
+        """Copies the parts' vectors into the parameters. Version counters move, by which autograd refuses
+        graphs made before."""
         targets, sources = [], []
         for part in parts:
             for i, piece in part.bucket.scatter(part.param):
-                targets.append(self.params[i] if counted else self.params[i].data)
+                targets.append(self.params[i])
                 sources.append(piece)
         if targets:
             with torch.no_grad():
@@ -103,6 +101,21 @@ class LiveModel:
             if content is not None:
                 own.copy_(content)
             p.data = own
+
+    def versions(self) -> list[int]:
+        """The parameters' version counters."""
+        return [p._version for p in self.params]
+
+    @contextmanager
+    def at_versions(self, versions: Sequence[int]) -> Iterator[None]:
+        """Inside, the parameters have version counters as they once had, so that autograd goes back through a
+        graph that was made then: for whoever has brought back the values too."""
+        now = self.versions()
+        autodiff.set_versions(self.params, versions)
+        try:
+            yield
+        finally:
+            autodiff.set_versions(self.params, now)
 
     def mark_written(self) -> None:
         """Takes the parameters as they are now for what :meth:`changed` compares with."""

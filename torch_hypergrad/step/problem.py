@@ -65,11 +65,10 @@ def make_problem(
     grad_transform: GradTransform | None,
     recorder: Recorder | None,
     *,
-    keeps_graphs: bool,
     twice_differentiable: bool,
 ) -> Problem:
     """Puts the stages together; the arguments are theirs."""
-    readings, live = Readings(), Live(model, optimizer, keeps_graphs=keeps_graphs)
+    readings, live = Readings(), Live(model, optimizer)
     running = RunningBuffers(model, readings)
     gradient = GradientStage(
         live,

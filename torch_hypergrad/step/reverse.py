@@ -23,7 +23,6 @@ class Reverse(TracedGradient):
         with_buffers: trace the buffers.
         known: of no use.
         is_taken: the step is being taken, and not taken again: buffers are where they should be.
-        is_kept: the graph outlives the step, and is gone back through when buffers have moved on.
     """
 
     def __init__(
@@ -35,16 +34,29 @@ class Reverse(TracedGradient):
         with_buffers: bool = False,
         known: Evaluation | None = None,
         is_taken: bool = False,
-        is_kept: bool = False,
         batch: Any = None,
     ) -> None:
-        self._stage, self._step, self._state, self._is_kept = stage, step, state, is_kept
+        self._stage, self._step, self._state = stage, step, state
+        self._versions: list[int] | None = None
         with nullcontext() if state is None else stage.live.at(state, with_buffers=not is_taken):
             found = self._evaluated(batch, with_buffers=with_buffers)
         if self.reads and not with_buffers and state is not None:
             with stage.live.at(state):  # the loss reads buffers, which earlier steps may have moved
                 found = self._evaluated(batch, with_buffers=True)
         self.loss, self.grads = found.loss, stage.transform(found)
+        self._traced: list[Any] = self.grads
+        self._is_active = [g is not None for g in self.grads]
+
+    def keep(self, *, values: bool) -> None:
+        """Lets the graph outlive its step, to be gone back through when parameters and buffers have moved on.
+
+        Args:
+            values: keep those of the gradient too; else ``grads`` has none from now on.
+        """
+        self.loss, self._versions = None, self._stage.live.model.versions()
+        if not values:
+            self._traced = [None if g is None else autodiff.edge(g) for g in self.grads]
+            self.grads = [None] * len(self.grads)
 
     def _evaluated(self, batch: Any, *, with_buffers: bool) -> Evaluation:
         stage, step = self._stage, self._step
@@ -65,8 +77,10 @@ class Reverse(TracedGradient):
         live = self._stage.live
         if self._step is not None:
             live.model.set_modes(self._step.surroundings)
-        there = nullcontext() if self._state is None else live.at(self._state, with_buffers=self._is_kept)
-        with there, self._stage.kernels(twice_differentiable=True), self._trace.hooked():
+        is_kept = self._versions is not None
+        there = nullcontext() if self._state is None else live.at(self._state, with_buffers=is_kept)
+        then = nullcontext() if self._versions is None else live.model.at_versions(self._versions)
+        with there, then, self._stage.kernels(twice_differentiable=True), self._trace.hooked():
             yield
 
     def _pulled(
@@ -78,7 +92,7 @@ class Reverse(TracedGradient):
         again: bool = True,
     ) -> list[Tensor | None]:
         trace = self._trace
-        outputs, adjoints = [*self.grads, *trace.after.values()], [*v, *trace.at(adj_buffers)]
+        outputs, adjoints = [*self._traced, *trace.after.values()], [*v, *trace.at(adj_buffers)]
         with self._going_back():
             return autodiff.pulled(outputs, adjoints, inputs, retain_graph=again or None)
 
@@ -106,7 +120,7 @@ class Reverse(TracedGradient):
     ) -> Callable[[PerParameter, Sequence[Tensor | None], Buffers | None], tuple[list, Buffers | None]]:
         """From tangents of parameters, tuned tensors and buffers to those of the gradient and of the buffers
         after the loss, exactly."""
-        trace, active = self._trace, [i for i, g in enumerate(self.grads) if g is not None]
+        trace, active = self._trace, [i for i, is_active in enumerate(self._is_active) if is_active]
         outputs = [*(self.grads[i] for i in active), *trace.after.values()]
         inputs = [*self._active(), *self._stage.tensors, *trace.leaves]
         with self._going_back():
@@ -124,8 +138,8 @@ class Reverse(TracedGradient):
         return push_all
 
     def _active(self) -> list[Tensor]:
-        return [p for p, g in zip(self._stage.live.params, self.grads) if g is not None]
+        return [p for p, is_active in zip(self._stage.live.params, self._is_active) if is_active]
 
     def _spread(self, found: Iterator[Tensor | None]) -> list[Tensor | None]:
         """One entry for each parameter from one for each active parameter."""
-        return [None if g is None else next(found) for g in self.grads]
+        return [next(found) if is_active else None for is_active in self._is_active]

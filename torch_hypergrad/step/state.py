@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
 from ..device import readings
+from ..device.host_memory import same_bits
 from ..ground.buckets import Bucket
 from ..ground.vectors import has_views
 from ..updates.base import RuleState
@@ -60,6 +61,11 @@ class State:
         """One vector of parameters for each bucket."""
         return tuple(part.param for part in self.parts)
 
+    def nbytes(self) -> int:
+        """Of the memory behind the parameters and the rule's state."""
+        held = [value for part in self.parts for value in (part.param, *part.rule_state.values())]
+        return sum(value.untyped_storage().nbytes() for value in held if isinstance(value, Tensor))
+
     def per_parameter(self, length: int) -> list[Tensor | None]:
         """The parameters as views in their own shapes, None for those in no bucket."""
         pieces: list[Tensor | None] = [None] * length
@@ -77,6 +83,25 @@ class State:
             for part in self.parts
             for flag in (True, False)
             if (indices := [i for i in part.bucket.indices if active[i] == flag])
+        ]
+        return replace(self, parts=tuple(parts))
+
+    def without(self, is_unread: Callable[[Bucket, str], bool]) -> State:
+        """Without the rule's vectors that nobody reads, in whose places something is that has no values."""
+        if not any(
+            _is_vector(value) and value is not part.bucket.unread and is_unread(part.bucket, key)
+            for part in self.parts
+            for key, value in part.rule_state.items()
+        ):
+            return self
+        parts = [
+            part._replace(
+                rule_state={
+                    key: part.bucket.unread if _is_vector(value) and is_unread(part.bucket, key) else value
+                    for key, value in part.rule_state.items()
+                }
+            )
+            for part in self.parts
         ]
         return replace(self, parts=tuple(parts))
 
@@ -120,7 +145,8 @@ def _is_vector(value: Any) -> bool:
 def _joined(bucket: Bucket, whole: Tensor, parts: Sequence[Part], key: str) -> Tensor:
     if whole.ndim == 0:
         return torch.stack([part.rule_state[key] for part in parts]).sum()
-    pieces = dict(bucket.scatter(torch.zeros_like(whole)))
+    zeros = torch.zeros(whole.shape, dtype=whole.dtype, device=bucket.device)
+    pieces = dict(bucket.scatter(zeros))
     for part in parts:
         pieces.update(part.bucket.scatter(part.rule_state[key]))
     return bucket.gather(pieces)
@@ -147,7 +173,7 @@ class Surroundings:
             isinstance(other, Surroundings)
             and (self.training, self.trainable, self.autocast)
             == (other.training, other.trainable, other.autocast)
-            and all(torch.equal(a, b) for a, b in zip(self.rng, other.rng))
+            and all(map(same_bits, self.rng, other.rng))
         )
 
 

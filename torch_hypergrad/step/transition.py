@@ -62,25 +62,27 @@ class Transition:
     def linearize_taken(self, step: Step, state: State) -> tuple[Step, State, Linearization]:
         """Takes ``step`` from the current state and keeps its graph: the step with what came out of it, the
         state after it, and its derivative, which stays valid when training goes on."""
-        stage = self.gradient
+        stage, kept = self.gradient, self.update.to_pull(state, step)
         with stage.live.model.copied_buffers():
-            gradient = Reverse(stage, step, state, with_buffers=True, is_taken=True, is_kept=True)
+            gradient = Reverse(stage, step, kept, with_buffers=True, is_taken=True)
         step = taken(step, gradient)
         after = self.update.apply(state, gradient.grads, step)
-        return step, after, Linearization(self, step, state, lambda with_buffers: gradient)
+        gradient.keep(values=any(self.update.reads(part.bucket, step, "grad") for part in state.parts))
+        return step, after, Linearization(self, step, kept, lambda with_buffers: gradient)
 
 
 class Linearization:
     """The derivative of one step at one state.
 
     Args:
+        state: what the pull reads of it.
         trace: gives the gradient at the state, with or without the buffers after it.
     """
 
     def __init__(
         self, transition: Transition, step: Step, state: State, trace: Callable[[bool], TracedGradient]
     ) -> None:
-        self._transition, self._step, self._state, self._trace = transition, step, state, trace
+        self._transition, self._step, self.state, self._trace = transition, step, state, trace
         self.error: Tensor | None = None
         """Estimated relative error of the products in :meth:`pull`; None if they are exact."""
 
@@ -88,7 +90,7 @@ class Linearization:
         """From the adjoint of the state after the step to that of the state before it; what goes to
         hyperparameters is added to ``into``. Can be called once."""
         update, gradient = self._transition.update, self._trace(adjoint.buffers is not None)
-        fine = update.refined(self._state, self._step.active)
+        fine = update.refined(self.state, self._step.active)
         before, adj_grads = update.pull(fine, gradient.grads, self._step, adjoint, into)
         products = gradient.pull(adj_grads, adjoint.buffers)
         self.error = gradient.error
@@ -97,8 +99,20 @@ class Linearization:
         pieces = before.per_parameter(len(products.params))
         pairs = [(p, q) for p, q in zip(pieces, products.params) if p is not None and q is not None]
         if pairs:
-            torch._foreach_add_([piece for piece, _ in pairs], [product for _, product in pairs])
-        return before if fine is self._state else before.merged(self._state)
+            # One that lies transposed is turned first: to turn and add at once takes longer.
+            torch._foreach_add_([piece for piece, _ in pairs], [product.contiguous() for _, product in pairs])
+        return before if fine is self.state else before.merged(self.state)
+
+    def pull_hyperparameters(self, adjoint: State, into: Hypergradient) -> None:
+        """As :meth:`pull`, where nothing counts that was before the step, and nobody asks for that adjoint.
+        Nothing is differentiated twice unless the training loss reads tuned tensors."""
+        update, step = self._transition.update, self._step
+        if self._transition.tensors:
+            self.pull(adjoint, into)
+            return
+        reads_grads = any(update.reads(part.bucket, step, "grad") for part in self.state.parts)
+        grads = self._trace(False).grads if reads_grads else [None] * len(step.active)
+        update.pull(update.refined(self.state, step.active), grads, step, adjoint, into)
 
     def pusher(self) -> Callable[[State, Mapping[Tuned, Tensor]], State]:
         """From a tangent of the state before the step, and one of the values of hyperparameters (zero where
@@ -108,7 +122,7 @@ class Linearization:
         grads, step = gradient.grads, self._step
         push_gradient, push_update = (
             gradient.pusher(),
-            update.pusher(update.refined(self._state, step.active), grads, step),
+            update.pusher(update.refined(self.state, step.active), grads, step),
         )
         tensors = self._transition.tensors
 

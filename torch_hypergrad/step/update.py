@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -35,6 +35,7 @@ class UpdateStage:
         bucket_of: Callable[[Sequence[int]], Bucket],
     ) -> None:
         self.rule, self.hyperparameters, self._bucket_of = rule, hyperparameters, bucket_of
+        self._reads: dict[Bucket, tuple[Mapping[str, Any], Collection[str] | None]] = {}
 
     def refined(self, state: State, active: Sequence[bool]) -> State:
         """``state`` with every part wholly with or wholly without gradients."""
@@ -57,6 +58,21 @@ class UpdateStage:
             factor = setting.factor(step.settings[bucket.group])
             write_setting(settings, setting.spec.name, value if factor == 1.0 else value * factor)
         return settings
+
+    def reads(self, bucket: Bucket, step: Step, name: str) -> bool:
+        """Whether :meth:`pull` reads the values of ``"grad"``, or of an entry of the rule's state."""
+        settings, names = self._reads.get(bucket, (None, None))
+        if settings is not step.settings[bucket.group]:
+            settings = step.settings[bucket.group]
+            names = (
+                None if self.rule.pull_reads is None else self.rule.pull_reads(self.settings(bucket, step))
+            )
+            self._reads[bucket] = settings, names
+        return names is None or name in names
+
+    def to_pull(self, state: State, step: Step) -> State:
+        """What :meth:`pull` reads of the state before a step."""
+        return state.without(lambda bucket, key: not self.reads(bucket, step, key))
 
     def apply(self, state: State, grads: PerParameter, step: Step) -> State:
         """The state after the update. Buffers are left out."""
@@ -84,8 +100,10 @@ class UpdateStage:
         """
         parts, adj_grads = [], dict[int, Tensor]()
         for part, adj in zip(state.parts, adjoint.parts):
-            if grads[part.bucket.indices[0]] is not None:
-                pulled, by_setting = self._pulled(part, part.bucket.gather(grads), step, adj)
+            if step.active[part.bucket.indices[0]]:
+                bucket = part.bucket
+                grad = bucket.gather(grads) if self.reads(bucket, step, "grad") else bucket.unread
+                pulled, by_setting = self._pulled(part, grad, step, adj)
                 for setting, found in by_setting.items():
                     into.add_setting(setting, found, part.bucket, step.number)
                 if pulled.grad is not None:
@@ -105,6 +123,13 @@ class UpdateStage:
                 if pulled is not None and all(setting.spec.name in pulled.settings for setting in tuned):
                     factors = {setting: setting.factor(step.settings[bucket.group]) for setting in tuned}
                     return pulled, {s: pulled.settings[s.spec.name] * factor for s, factor in factors.items()}
+        if any(value is bucket.unread for value in (grad, *rule_state.values())):
+            raise ValueError(
+                "The optimizer's update rule is registered with pull_reads, which left out vectors of "
+                f"training step {step.number + 1}, but its pull gave None, or no adjoint of a tuned setting, "
+                "so that autograd has to read them. Let pull_reads give None for settings that pull does not "
+                "cover."
+            )
         traced = _TracedUpdate(self, part, grad, step)
         found = autodiff.gradients(
             [traced.new_param, *(traced.new_state[key] for key in adj.rule_state)],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..device import readings
+from ..ground.vectors import dot
 
 RuleState: TypeAlias = dict[str, Any]
 """What the rule keeps for its parameters, under torch's own names: tensors, and ``"step"`` as an int."""
@@ -40,6 +41,7 @@ class Pulled:
 PullFunction: TypeAlias = Callable[
     [Tensor, Tensor, RuleState, Settings, Tensor, Mapping[str, Tensor]], Pulled | None
 ]
+ReadsFunction: TypeAlias = Callable[[Settings], Collection[str] | None]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ class UpdateRule:
             product of ``update`` written out: from the adjoints of what ``update`` returns to those of what
             it reads. It may return None for settings that it does not cover. None leaves all to autograd,
             which takes about twice as many passes over memory.
+        pull_reads: ``pull_reads(settings) -> names``, whose values ``pull`` reads for these settings, of
+            ``"grad"`` and the entries of ``state``: the others need not be kept of a step. Depends on which
+            settings are tuned (tensors), and on the values of the others. None, the result too, stands for
+            all.
         preconditioner: ``preconditioner(state, settings) -> D``, the positive diagonal that the rule divides
             its steps by, such as ``sqrt(v) + eps``, from a state after a step; only its proportions matter.
             None if it has none.
@@ -77,6 +83,7 @@ class UpdateRule:
     scalars: Sequence[str] = ()
     whole: Sequence[str] = ()
     pull: PullFunction | None = None
+    pull_reads: ReadsFunction | None = None
     preconditioner: PreconditionerFunction | None = None
 
 
@@ -93,6 +100,7 @@ def register_update(
     scalars: Sequence[str] = (),
     whole: Sequence[str] = (),
     pull: PullFunction | None = None,
+    pull_reads: ReadsFunction | None = None,
     preconditioner: PreconditionerFunction | None = None,
 ) -> Callable[[UpdateFunction], UpdateFunction]:
     """Registers the decorated function as the update rule of ``optimizer_type``.
@@ -118,6 +126,7 @@ def register_update(
             tuple(scalars),
             tuple(whole),
             pull,
+            pull_reads,
             preconditioner,
         )
         return update
@@ -186,11 +195,10 @@ def lerp(x: Tensor, y: Tensor, weight: float | Tensor) -> Tensor:
     return torch.lerp(x, y, weight.to(x.dtype) if isinstance(weight, Tensor) else weight)
 
 
-def adjoint_of(setting: float | Tensor, *factors: Tensor) -> Tensor:
-    """The adjoint of a setting that enters each entry by the product of ``factors``: summed up, if it is one
-    number."""
-    product = factors[0] if len(factors) == 1 else factors[0] * factors[1]
-    return product.sum() if not isinstance(setting, Tensor) or setting.ndim == 0 else product
+def adjoint_of(setting: float | Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The adjoint of a setting that enters each entry by the product of ``a`` and ``b``: summed up, if it is
+    one number."""
+    return dot(a, b) if not isinstance(setting, Tensor) or setting.ndim == 0 else a * b
 
 
 def beside(setting: float | Tensor, like: Tensor) -> Tensor:

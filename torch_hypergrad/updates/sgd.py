@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -77,12 +77,22 @@ def pull_sgd(
     return Pulled(adj_param, signed(adj_grad, settings), adj_before, adj_settings)
 
 
+def pull_sgd_reads(settings: Settings) -> Collection[str] | None:
+    """A decay's derivative is the parameters, which are there anyway."""
+    if settings["nesterov"] or isinstance(settings["dampening"], Tensor):
+        return None
+    if isinstance(settings["lr"], Tensor):
+        return ("grad", "momentum_buffer")
+    return ("momentum_buffer",) if isinstance(settings["momentum"], Tensor) else ()
+
+
 @register_update(
     torch.optim.SGD,
     {"lr": POSITIVE, "momentum": POSITIVE, "dampening": POSITIVE, "weight_decay": POSITIVE},
     stationarity=l2_stationarity,
     moves_optimum=("weight_decay",),
     pull=pull_sgd,
+    pull_reads=pull_sgd_reads,
 )
 def sgd(param: Tensor, grad: Tensor, state: RuleState, settings: Settings) -> tuple[Tensor, RuleState]:
     """Stochastic gradient descent (Robbins and Monro 1951) with momentum (Polyak 1964, Nesterov 1983)."""
