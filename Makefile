@@ -26,7 +26,7 @@ bench:   ## time and memory beside the plain loop, higher and TorchOpt; SUITE=qu
 	$(PYTHON) -m benchmarks.bench --suite $(SUITE) --out $(OUT)
 
 solvers: ## products that each solver needs for an accurate hypergradient; DATA=folder with MNIST
-	$(PYTHON) benchmarks/solvers.py $(if $(DATA),--data $(DATA))
+	$(PYTHON) -m studies.solvers $(if $(DATA),--data $(DATA))
 
 cuda:    ## the figures of a CUDA device, in less than 8 minutes
-	$(PYTHON) benchmarks/cuda.py --out docs/results/cuda.md
+	$(PYTHON) -m benchmarks.on_cuda --out docs/results/cuda.md

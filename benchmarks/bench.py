@@ -4,8 +4,7 @@
                               [--out docs/results/bench.md]
 
 Prints a table for each case as soon as it is measured, and writes all as one page. Answers are cross-checked:
-a wrong one ends the run. ``--profile`` shows instead where the time of our training steps
-and hyper steps goes.
+a wrong one ends the run. ``--profile`` shows instead in which functions our time goes.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from . import page, plots
 from .contestants import CONTESTANTS
@@ -34,7 +31,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=["quick"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--models", nargs="+", help="only cases with these models")
-    parser.add_argument("--tasks", nargs="+", choices=CONTESTANTS, help="only cases of these tasks")
     parser.add_argument("--max-size", type=int, help="only cases with at most so many steps or terms")
     parser.add_argument("--contestants", nargs="+", choices=names, help="only these")
     parser.add_argument(
@@ -42,7 +38,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--memory-limit", type=float, default=Limits.gigabytes, help="GB for one measurement")
     parser.add_argument("--threads", type=int, help="of torch, instead of its default")
-    parser.add_argument("--profile", action="store_true", help="where our time goes, by part")
+    parser.add_argument(
+        "--allocator",
+        choices=page.ALLOCATORS,
+        default=Limits.allocator,
+        help="of all contestants alike: keep freed memory, or the default settings",
+    )
+    parser.add_argument("--profile", action="store_true", help="where our time goes, by function")
     parser.add_argument("--out", type=Path, help="the page to write; pictures go beside it")
     return parser.parse_args(arguments)
 
@@ -53,7 +55,6 @@ def chosen_cases(options: argparse.Namespace) -> list:
         case
         for case in dict.fromkeys(cases)
         if (options.models is None or case.model in options.models)
-        and (options.tasks is None or case.task in options.tasks)
         and (options.max_size is None or case.size <= options.max_size)
     ]
 
@@ -69,12 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: with a message, if an answer is wrong or one of our contestants failed.
     """
     options = parse(arguments)
-    limits = Limits(options.time_limit, options.memory_limit, options.threads)
+    limits = Limits(options.time_limit, options.memory_limit, options.threads, options.allocator)
     run = Run(options.repeats, limits, tell, options.contestants)
     command = shlex.join(
         ["python", "-m", "benchmarks.bench", *(sys.argv[1:] if arguments is None else arguments)]
     )
-    head = page.header(command, options.threads or torch.get_num_threads())
+    head = page.header(command, limits)
     cases = chosen_cases(options)
     if options.profile:
         sections = [head, *(page.profile(case.title, run.profiles(case)) for case in cases)]

@@ -48,6 +48,10 @@ class Case:
     only: tuple[str, ...] | None = None
 
     @property
+    def num_steps(self) -> int:
+        return 1 if self.task == "implicit" else self.size
+
+    @property
     def title(self) -> str:
         letter = "K" if self.task == "implicit" else "T"
         decay = "" if self.task == "steps" else f", weight decay per {self.per}"
@@ -64,8 +68,8 @@ class Problem:
     val: Batch
 
     @property
-    def num_steps(self) -> int:
-        return len(self.batches)
+    def device(self) -> torch.device:
+        return self.val[1].device
 
     def optimizer(self, params: Iterable[Any], weight_decay: float = DECAY) -> Optimizer:
         return OPTIMIZERS[self.case.optimizer](params, weight_decay=weight_decay)
@@ -73,16 +77,25 @@ class Problem:
     def decays(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """Leaves to differentiate by: one for each parameter, or a single one."""
         if self.case.per == "group":
-            return [torch.tensor(DECAY, dtype=dtype, requires_grad=True)]
+            return [torch.tensor(DECAY, dtype=dtype, device=self.device, requires_grad=True)]
         return [torch.full_like(p, DECAY, requires_grad=True) for p in self.model.parameters()]
 
 
-def make_problem(case: Case, num_steps: int, dtype: torch.dtype = torch.float32) -> Problem:
-    distinct = [
-        make_batch(case.model, seed, dtype) for seed in range(1, 1 + min(num_steps, NUM_DISTINCT_BATCHES))
-    ]
-    batches = [distinct[t % len(distinct)] for t in range(num_steps)]
-    return Problem(case, make_model(case.model, dtype), batches, make_batch(case.model, 1000, dtype))
+def make_problem(
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    batch_size: int | None = None,
+) -> Problem:
+    """The same model and data whenever it is called."""
+
+    def batch(seed: int) -> Batch:
+        inputs, labels = make_batch(case.model, seed, dtype, batch_size)
+        return inputs.to(device), labels.to(device)
+
+    distinct = [batch(seed) for seed in range(1, 1 + min(case.num_steps, NUM_DISTINCT_BATCHES))]
+    batches = [distinct[t % len(distinct)] for t in range(case.num_steps)]
+    return Problem(case, make_model(case.model, dtype).to(device), batches, batch(1000))
 
 
 def penalty(params: Iterable[Tensor], decays: list[Tensor]) -> Tensor:
@@ -101,8 +114,9 @@ def joined(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.detach().reshape(-1) for t in tensors])
 
 
-def direction(size: int) -> Tensor:
+def direction(size: int, device: torch.device | str = "cpu") -> Tensor:
     """A fixed direction of signs, along which references give the derivative; a single number's own."""
     if size == 1:
-        return torch.ones(1, dtype=torch.float64)
-    return torch.randint(2, (size,), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+        return torch.ones(1, dtype=torch.float64, device=device)
+    signs = torch.randint(2, (size,), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    return signs.to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -16,10 +17,11 @@ from torch_hypergrad.methods import Method
 
 from . import peers, yardsticks
 from .cases import NEUMANN_DAMPING, Case, Problem, joined, neumann_scale
-from .measure import Meter
 from .models import loss_of
 
 MAX_GRAPHS = 100
+BUDGETS = {"cnn_strided": 25_000_000}  # bytes, by model: too few for the graphs of all steps
+TOLERANCE = 2e-2
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,22 @@ class Contestant:
 
     name: str
     what: str
-    run: Callable[[Problem, Meter], Tensor | None]
+    run: Callable[[Problem, AbstractContextManager], Tensor | None]
     whose: Literal["ours", "peer", "yardstick"] = "ours"
-    tolerance: float = 2e-2
+    tolerance: float = TOLERANCE
 
 
 # ---- ours --------------------------------------------------------------------------------------------------
 
 
-def hyper_optimizer(problem: Problem, method: Method) -> HyperOptimizer:
+def hyper_optimizer(problem: Problem, method: Method, **options: bool) -> HyperOptimizer:
     tune = [Hyperparameter("weight_decay", per=problem.case.per)]
     optimizer = problem.optimizer(problem.model.parameters())
-    return HyperOptimizer(problem.model, optimizer, loss_of, tune, method, partial(torch.optim.SGD, lr=0.0))
+    frozen = partial(torch.optim.SGD, lr=0.0)
+    return HyperOptimizer(problem.model, optimizer, loss_of, tune, method, frozen, **options)
 
 
-def unrolled(problem: Problem, meter: Meter, **options: object) -> Tensor:
+def unrolled(problem: Problem, meter: AbstractContextManager, **options: object) -> Tensor:
     method = Unrolled(**options)  # type: ignore[arg-type]
     with meter:
         hyper = hyper_optimizer(problem, method)
@@ -59,15 +62,19 @@ def unrolled(problem: Problem, meter: Meter, **options: object) -> Tensor:
         return joined(hyper.hypergradient(problem.val).values())
 
 
-def few_snapshots(problem: Problem, meter: Meter) -> Tensor:
-    return unrolled(problem, meter, max_snapshots=2 * math.isqrt(problem.num_steps))
+def few_snapshots(problem: Problem, meter: AbstractContextManager) -> Tensor:
+    return unrolled(problem, meter, max_snapshots=2 * math.isqrt(problem.case.num_steps))
+
+
+def budget(problem: Problem, meter: AbstractContextManager) -> Tensor:
+    return unrolled(problem, meter, memory=BUDGETS[problem.case.model])
 
 
 def neumann(case: Case) -> Implicit:
     return Implicit(Neumann(case.size, neumann_scale(case), NEUMANN_DAMPING))
 
 
-def implicit(problem: Problem, meter: Meter) -> Tensor:
+def implicit(problem: Problem, meter: AbstractContextManager) -> Tensor:
     begin = [p.detach().clone() for p in problem.model.parameters()]
     hyper = hyper_optimizer(problem, neumann(problem.case))
     hyper.step(problem.batches[0])
@@ -78,7 +85,7 @@ def implicit(problem: Problem, meter: Meter) -> Tensor:
         return joined(hyper.hypergradient(problem.val).values())
 
 
-def steps(problem: Problem, meter: Meter, method: Method) -> Tensor:
+def steps(problem: Problem, meter: AbstractContextManager, method: Method) -> Tensor:
     before = joined(problem.model.parameters())
     hyper = hyper_optimizer(problem, method)
     with meter:
@@ -90,11 +97,11 @@ def steps(problem: Problem, meter: Meter, method: Method) -> Tensor:
 # ---- the tables --------------------------------------------------------------------------------------------
 
 
-def yardstick(name: str, run: Callable[[Problem, Meter], Tensor | None]) -> Contestant:
+def yardstick(name: str, run: Callable[[Problem, AbstractContextManager], Tensor | None]) -> Contestant:
     return Contestant(name, _legend(run), run, "yardstick")
 
 
-def peer(name: str, run: Callable[[Problem, Meter], Tensor | None]) -> Contestant:
+def peer(name: str, run: Callable[[Problem, AbstractContextManager], Tensor | None]) -> Contestant:
     return Contestant(name, _legend(run), run, "peer")
 
 
@@ -106,11 +113,13 @@ CONTESTANTS: dict[str, list[Contestant]] = {
     "unrolled": [
         yardstick("plain", yardsticks.plain),
         yardstick("floor", yardsticks.floor),
-        Contestant("unrolled", "`Unrolled()`: every state is kept, every step is taken again", unrolled),
-        Contestant("few snapshots", "`Unrolled(max_snapshots=2 * isqrt(T))`", few_snapshots),
+        Contestant("unrolled", "`Unrolled()`: chooses by itself which steps keep their graphs", unrolled),
+        Contestant("budget", "`Unrolled(memory=25_000_000)`: chooses within 25 MB", budget),
+        Contestant("replay", "`Unrolled(memory=0)`: every step is taken again", partial(unrolled, memory=0)),
         Contestant(
             "graphs", f"`Unrolled(max_graphs={MAX_GRAPHS})`", partial(unrolled, max_graphs=MAX_GRAPHS)
         ),
+        Contestant("few snapshots", "`Unrolled(max_snapshots=2 * isqrt(T))`", few_snapshots),
         Contestant(
             "finite difference",
             '`Unrolled(second_order="finite_difference")`',
@@ -139,7 +148,7 @@ CONTESTANTS: dict[str, list[Contestant]] = {
         ),
         Contestant(
             "unrolled",
-            "`hyper.step` with `Unrolled()`: every state is recorded",
+            "`hyper.step` with `Unrolled()`: the window is recorded",
             partial(steps, method=Unrolled()),
         ),
     ],
@@ -153,10 +162,13 @@ REFERENCES: dict[str, Callable[[Problem], float]] = {
 
 
 def contestants_of(case: Case) -> list[Contestant]:
-    """Those that take part. A penalty per group is left to the peer that needs it:
-    higher's own way is faster."""
-    present = [c for c in CONTESTANTS[case.task] if case.only is None or c.name in case.only]
-    # With ReLU, differences are too far off there to be held to anything.
+    """Those that take part."""
+    left_out = set()
+    if case.model not in BUDGETS:
+        left_out.add("budget")
+    if case.per == "group":
+        left_out.add("higher, penalty")  # for peers that need it: higher's own way is faster
     if case.optimizer != "sgd" or case.size >= 1000 or case.model == "resnet18":
-        present = [c for c in present if c.name != "finite difference"]
-    return [c for c in present if case.per == "element" or c.name != "higher, penalty"]
+        left_out.add("finite difference")  # with ReLU it is too far off there to be held to anything
+    chosen = [c for c in CONTESTANTS[case.task] if case.only is None or c.name in case.only]
+    return [c for c in chosen if c.name not in left_out]

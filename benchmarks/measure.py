@@ -1,4 +1,4 @@
-"""One measurement in one process: seconds, growth of peak memory, and the answer.
+"""One measurement in one process: seconds, growth of peak memory, and the answers.
 
 Processes are forked from a server that has imported torch and computed nothing,
 so that each starts clean and at once.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import platform
@@ -19,10 +20,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+
+from torch_hypergrad import keep_freed_memory
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 TOO_SLOW, OUT_OF_MEMORY = "too slow", "out of memory"
@@ -30,22 +33,36 @@ TOO_SLOW, OUT_OF_MEMORY = "too slow", "out of memory"
 
 @dataclass(frozen=True)
 class Limits:
-    """What one measurement may take. ``threads=None`` leaves torch its default."""
+    """What one measurement may take. ``threads=None`` leaves torch its default; with ``"kept"``
+    every contestant's process begins with ``torch_hypergrad.keep_freed_memory()``."""
 
     seconds: float = 600.0
     gigabytes: float = 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     threads: int | None = None
+    allocator: Literal["kept", "default"] = "kept"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one measurement; a ``mark`` says why nothing did."""
+    """What came of one measurement; a ``mark`` says why nothing did.
 
-    seconds: float = float("nan")
-    memory: float = float("nan")
-    answer: np.ndarray | None = None
-    parts: dict[tuple[str, str], float] = field(default_factory=dict)
+    Args:
+        first, later: seconds of the first window and of each later one.
+        memory: bytes by which the peak grew in the first.
+        answers: of all windows, those that differ from the one before.
+        functions: of a profile: name, calls, own seconds, and with what it calls.
+    """
+
+    first: float = math.nan
+    later: tuple[float, ...] = ()
+    memory: float = math.nan
+    answers: list[np.ndarray] = field(default_factory=list)
+    functions: list[tuple[str, int, float, float]] = field(default_factory=list)
     mark: str = ""
+
+    @property
+    def seconds(self) -> float:
+        return self.first + sum(self.later)
 
 
 class Meter:
@@ -55,15 +72,14 @@ class Meter:
         released: first give back what the allocator has kept, which would hide as much of the growth.
     """
 
-    seconds = float("nan")
-    memory = float("nan")
+    seconds = memory = math.nan
 
     def __init__(self, *, released: bool = True) -> None:
-        self._released = released
+        self.released = released
 
     def __enter__(self) -> Meter:
         gc.collect()
-        if self._released:
+        if self.released:
             release_free_memory()
         self._before = reset_peak()
         self._start = time.perf_counter()
@@ -126,6 +142,8 @@ def _send(sender: Connection, limits: Limits, work: Callable[..., Outcome], *arg
     _limit_memory(limits.gigabytes)
     if limits.threads is not None:
         torch.set_num_threads(limits.threads)
+    if limits.allocator == "kept":
+        keep_freed_memory()
     try:
         outcome = work(*args)
     except Exception as error:

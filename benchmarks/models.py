@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
 NUM_CLASSES = 10
-NUM_TOKENS = 64
+VOCABULARY = 64
 WIDTHS = (16, 64, 256, 1024)
 
 
@@ -25,6 +25,14 @@ def cnn() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(32 * 49, NUM_CLASSES),
+    )  # fmt: skip
+
+
+def cnn_strided() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),
         nn.Flatten(), nn.Linear(32 * 49, NUM_CLASSES),
     )  # fmt: skip
 
@@ -41,12 +49,12 @@ def resnet18() -> nn.Module:
 
 
 class Transformer(nn.Module):
-    """Two layers over 32 tokens; the class is read off the mean."""
+    """Two layers over tokens; the class is read off the mean."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int, num_tokens: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(NUM_TOKENS, width)
-        self.position = nn.Parameter(0.02 * torch.randn(32, width))
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.position = nn.Parameter(0.02 * torch.randn(num_tokens, width))
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True) for _ in range(2)
         )
@@ -72,9 +80,11 @@ class Model:
 MODELS = {
     "mlp": Model(mlp, (1, 28, 28), 128),
     "cnn": Model(cnn, (1, 28, 28), 128),
+    "cnn_strided": Model(cnn_strided, (1, 28, 28), 128),
     "resnet18": Model(resnet18, (3, 32, 32), 8),
-    "transformer": Model(Transformer, (32,), 32, tokens=True),
-    **{f"mlp{hidden}": Model(partial(mlp, hidden), (1, 28, 28), 128) for hidden in WIDTHS},
+    "transformer": Model(partial(Transformer, 64, 32), (32,), 32, tokens=True),
+    "transformer256": Model(partial(Transformer, 256, 256), (256,), 32, tokens=True),
+    **{f"mlp{hidden}": Model(partial(mlp, hidden), (1, 28, 28), 128) for hidden in (*WIDTHS, 4096)},
 }
 
 
@@ -83,13 +93,14 @@ def make_model(name: str, dtype: torch.dtype) -> nn.Module:
     return MODELS[name].make().to(dtype)
 
 
-def make_batch(name: str, seed: int, dtype: torch.dtype) -> Batch:
-    """Inputs at random, with the classes that a fixed linear function of them gives."""
+def make_batch(name: str, seed: int, dtype: torch.dtype, batch_size: int | None = None) -> Batch:
+    """Inputs at random, with the classes that a fixed linear function of them gives;
+    as many as the model is measured with, if no other number is asked for."""
     model, generator = MODELS[name], torch.Generator().manual_seed(seed)
-    shape = (model.batch_size, *model.input_shape)
+    shape = (batch_size or model.batch_size, *model.input_shape)
     if model.tokens:
-        inputs = torch.randint(NUM_TOKENS, shape, generator=generator)
-        features = F.one_hot(inputs, NUM_TOKENS).sum(1).float()
+        inputs = torch.randint(VOCABULARY, shape, generator=generator)
+        features = F.one_hot(inputs, VOCABULARY).sum(1).float()
     else:
         inputs = torch.randn(shape, generator=generator)
         features = inputs.flatten(1)

@@ -8,20 +8,28 @@ import math
 import os
 import platform
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tabulate import tabulate
 
+from .cases import Case
 from .measure import Limits, Outcome
-from .profiling import NAMES, PHASES
-from .results import Row, Table
+from .results import Quantity, Row, Table
 from .suites import TARGETS, Target
+from .work import LONG, NUM_LATER
 
 PACKAGES = ("torch", "higher", "torchopt", "numpy")
+ALLOCATORS = {
+    "kept": "every process, peers' included, keeps memory that it freed (`keep_freed_memory()`)",
+    "default": "every process has the allocator's default settings",
+}
+NUM_FUNCTIONS = 20
 
 
-def header(command: str, threads: int) -> str:
-    """What was measured, when and where."""
+def header(command: str, limits: Limits) -> str:
+    """What was measured, when, where and with which settings."""
     versions = [f"Python {platform.python_version()}"]
     for package in PACKAGES:
         try:
@@ -30,18 +38,21 @@ def header(command: str, threads: int) -> str:
             versions.append(f"{package} absent")
     return (
         "# Time and memory beside peers\n\n"
-        f"`{command}`, {datetime.date.today()}: {processor()}, {os.cpu_count()} cores, {threads} threads; "
-        f"{', '.join(versions)}.\n"
+        f"`{command}`, {datetime.date.today()}: {processor()}, {os.cpu_count()} cores, "
+        f"{limits.threads or torch.get_num_threads()} threads; {', '.join(versions)}; "
+        f"{ALLOCATORS[limits.allocator]}.\n"
     )
 
 
 def how_to_read(repeats: int, limits: Limits) -> str:
     """What the columns of :func:`section` are."""
     return (
-        "Every measurement is a process of its own, after a warm-up; contestants take turns. "
-        f"`s` is the median of {repeats}, each of the second window in its process, as in training with "
-        "many hyper steps; `MB` is by how much peak memory grew in the first, a median too. "
-        "Ratios are against the faster peer's time and the leaner peer's memory. "
+        "Every measurement is a process of its own, after a warm-up of two steps; contestants take turns. "
+        "`s` are later windows in a process, in memory that it had before, as in training with many hyper "
+        f"steps: the median of {repeats} processes with {NUM_LATER} windows each, the fastest and the "
+        f"slowest; from {LONG:,} steps on there is one of each. `first s` is the first window, a median, and "
+        "`MB` is by how much peak memory grew in it, a median too. `/ peer` is the ratio to the peer that is "
+        "best in later windows, in the first and in memory; it may be another one each time. "
         "`off by` is the largest difference found from the other answers and from a reference in float64, "
         "as a part of the norm. "
         f"A measurement may take {limits.seconds:.0f} s and {limits.gigabytes:.0f} GB.\n"
@@ -59,26 +70,30 @@ def section(table: Table) -> str:
     """One case."""
     body = tabulate(
         [_cells(table, row) for row in table.rows.values()],
-        ["", "s", "fastest", "slowest", "/ peer", "MB", "/ peer", "off by"],
+        ["", "s", "fastest", "slowest", "/ peer", "first s", "/ peer", "MB", "/ peer", "off by"],
         tablefmt="github",
         disable_numparse=True,
-        colalign=("left", *["right"] * 7),
+        colalign=("left", *["right"] * 9),
     )
     return f"## {table.case.title}\n\n{body}\n"
 
 
 def _cells(table: Table, row: Row) -> list[str]:
-    name = row.contestant.name
     if not row.measured:
-        return [name, short(row.mark), *[""] * 6]
-    seconds, memory = row.median("time"), row.median("memory")
+        return [row.contestant.name, short(row.mark), *[""] * 8]
+
+    def against_peer(quantity: Quantity) -> str:
+        other = table.best_peer(quantity)
+        return f"{row.value(quantity) / other:.2f}" if other else ""
+
     return [
-        name,
-        f"{seconds:.3f}",
-        *(f"{extreme(o.seconds for o in row.outcomes):.3f}" for extreme in (min, max)),
-        ratio(seconds, table.best_peer("time")),
-        f"{memory / 1e6:.1f}",
-        ratio(memory, table.best_peer("memory")),
+        row.contestant.name,
+        *(f"{seconds:.3f}" for seconds in (row.value("time"), min(row.later), max(row.later))),
+        against_peer("time"),
+        f"{row.value('first time'):.3f}",
+        against_peer("first time"),
+        f"{row.value('memory') / 1e6:.1f}",
+        against_peer("memory"),
         "" if math.isnan(row.error) else f"{row.error:.0e}",
     ]
 
@@ -86,10 +101,6 @@ def _cells(table: Table, row: Row) -> list[str]:
 def short(mark: str) -> str:
     """The mark itself, or what stands for an error."""
     return "cannot" if ":" in mark else mark
-
-
-def ratio(value: float, other: float | None) -> str:
-    return "" if not other else f"{value / other:.2f}"
 
 
 # ---- targets -----------------------------------------------------------------------------------------------
@@ -111,7 +122,7 @@ def targets(tables: list[Table]) -> str:
     return f"## Targets\n\n{body}\n"
 
 
-def _verdict(target: Target, tables: dict) -> list[str]:
+def _verdict(target: Target, tables: dict[Case, Table]) -> list[str]:
     found, row = measured(target, tables), tables[target.case].rows.get(target.contestant)
     against = target.against or {"memory": "in MB", "error": "in parts of the norm"}[target.quantity]
     cells = [target.case.title, target.contestant, target.quantity, against, f"{target.limit:g}"]
@@ -129,38 +140,28 @@ def _verdict(target: Target, tables: dict) -> list[str]:
     ]
 
 
-def measured(target: Target, tables: dict) -> float | None:
+def measured(target: Target, tables: dict[Case, Table]) -> float | None:
     """What the target bounds, or None where a part of it was not measured."""
-    table: Table = tables[target.case]
+    table = tables[target.case]
     row = table.rows.get(target.contestant)
     if row is None or not row.measured:
         return None
-    if target.quantity == "error":
-        return row.error
-    value = row.median(target.quantity)
+    value = row.value(target.quantity)
     if target.against is None:
-        return value / 1e6
+        return value / 1e6 if target.quantity == "memory" else value
     other = _other(target, table, tables)
     return value / other if other else None
 
 
-def _other(target: Target, table: Table, tables: dict) -> float | None:
-    name = target.against
-    if name == "best peer":
+def _other(target: Target, table: Table, tables: dict[Case, Table]) -> float | None:
+    if target.against == "best peer":
         return table.best_peer(target.quantity)
-    if name == "per group":
-        matches = [
-            t for case, t in tables.items() if case.per == "group" and case.title == _per_group(target)
-        ]
-        if not matches:
-            return None
-        table, name = matches[0], target.contestant
-    row = table.rows.get(name or "")
-    return row.median(target.quantity) if row is not None and row.measured else None
-
-
-def _per_group(target: Target) -> str:
-    return target.case.title.replace("per element", "per group")
+    if target.against == "per group":
+        group = tables.get(replace(target.case, per="group"))
+        row = group.rows.get(target.contestant) if group else None
+    else:
+        row = table.rows.get(target.against or "")
+    return row.value(target.quantity) if row is not None and row.measured else None
 
 
 # ---- the rest ----------------------------------------------------------------------------------------------
@@ -178,15 +179,11 @@ def legend(tables: list[Table]) -> str:
 
 
 def profile(title: str, outcomes: dict[str, Outcome]) -> str:
-    """Seconds by part, of the training steps and of the hyper step."""
-    rows = []
+    """The functions in which each contestant spends most of its time."""
+    parts = [f"## Where the time goes: {title}\n"]
     for name, outcome in outcomes.items():
-        if outcome.mark:
-            rows.append([name, outcome.mark])
-            continue
-        for phase in PHASES.values():
-            seconds = [outcome.parts.get((phase, part), 0.0) for part in NAMES]
-            if (total := sum(seconds)) > 0:
-                rows.append([name, phase, f"{total:.3f}", *(f"{s:.3f} ({s / total:.0%})" for s in seconds)])
-    body = tabulate(rows, ["", "", "s", *NAMES], tablefmt="github", disable_numparse=True)
-    return f"## Where the time goes: {title}\n\n{body}\n"
+        functions = outcome.functions[:NUM_FUNCTIONS]
+        rows = [[where, calls, f"{own:.3f}", f"{total:.3f}"] for where, calls, own, total in functions]
+        body = tabulate(rows, [name, "calls", "s, own", "s, all"], "github", disable_numparse=True)
+        parts.append(f"{outcome.mark or body}\n")
+    return "\n".join(parts)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch.func import functional_call
 from torch.nn.attention import sdpa_kernel
 
 from .cases import NEUMANN_DAMPING, OPTIMIZERS, Problem, joined, neumann_scale, penalty
-from .measure import Meter
 from .models import loss_of
 from .yardsticks import TWICE_DIFFERENTIABLE
 
@@ -27,11 +27,11 @@ def higher_overrides(problem: Problem) -> Iterator[dict[str, list[float]] | None
     """What makes higher's Adam that of torch:
     it adds epsilon before the bias correction, as torch once did."""
     settings = OPTIMIZERS[problem.case.optimizer].keywords
-    for number in range(1, problem.num_steps + 1):
+    for number in range(1, problem.case.num_steps + 1):
         yield {"eps": [settings["eps"] * math.sqrt(1 - 0.999**number)]} if "eps" in settings else None
 
 
-def higher_setting(problem: Problem, meter: Meter) -> Tensor:
+def higher_setting(problem: Problem, meter: AbstractContextManager) -> Tensor:
     """higher, weight decay in the optimizer."""
     import higher
 
@@ -45,7 +45,7 @@ def higher_setting(problem: Problem, meter: Meter) -> Tensor:
         return joined(torch.autograd.grad(loss_of(fast, problem.val), decays))
 
 
-def higher_penalty(problem: Problem, meter: Meter) -> Tensor:
+def higher_penalty(problem: Problem, meter: AbstractContextManager) -> Tensor:
     """higher, weight decay as a penalty in the loss."""
     import higher
 
@@ -69,7 +69,7 @@ def torchopt_optimizer(problem: Problem, **settings: Any) -> Any:
     return kind(problem.model, **own, **settings)
 
 
-def torchopt_setting(problem: Problem, meter: Meter) -> Tensor:
+def torchopt_setting(problem: Problem, meter: AbstractContextManager) -> Tensor:
     """TorchOpt, weight decay in the optimizer."""
     decays = problem.decays()
     optimizer = torchopt_optimizer(problem, weight_decay=decays[0])
@@ -79,7 +79,7 @@ def torchopt_setting(problem: Problem, meter: Meter) -> Tensor:
         return joined(torch.autograd.grad(loss_of(problem.model, problem.val), decays))
 
 
-def torchopt_penalty(problem: Problem, meter: Meter) -> Tensor:
+def torchopt_penalty(problem: Problem, meter: AbstractContextManager) -> Tensor:
     """TorchOpt, weight decay as a penalty in the loss."""
     decays = problem.decays()
     optimizer = torchopt_optimizer(problem)
@@ -89,7 +89,7 @@ def torchopt_penalty(problem: Problem, meter: Meter) -> Tensor:
         return joined(torch.autograd.grad(loss_of(problem.model, problem.val), decays))
 
 
-def torchopt_implicit(problem: Problem, meter: Meter) -> Tensor:
+def torchopt_implicit(problem: Problem, meter: AbstractContextManager) -> Tensor:
     """TorchOpt, ``custom_root`` with a Neumann series; damping stands in the stationarity."""
     from torchopt.diff.implicit import custom_root
     from torchopt.linear_solve import solve_inv

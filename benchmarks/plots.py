@@ -64,7 +64,7 @@ def _picture(tables: list[Table], label: str, position: Callable[[Table], int], 
         for name in names:
             rows = [(position(t), t.rows[name]) for t in tables if name in t.rows and t.rows[name].measured]
             points = sorted(
-                (x, max(row.median(quantity) / scale, 0.1 if quantity == "memory" else 0)) for x, row in rows
+                (x, max(row.value(quantity) / scale, 0.1 if quantity == "memory" else 0)) for x, row in rows
             )
             if points:
                 panel.plot(*zip(*points), marker="o", label=name)

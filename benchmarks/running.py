@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,11 +11,7 @@ from .cases import Case
 from .contestants import Contestant, contestants_of
 from .measure import OUT_OF_MEMORY, TOO_SLOW, Limits, Outcome, in_own_process
 from .results import Judge, Row, Table
-from .work import measure, reference
-
-LONG = 1000
-"""So many steps are measured once, whatever the number of repeats: they take minutes,
-in which noise averages out."""
+from .work import LONG, measure, profile, reference
 
 
 class Run:
@@ -47,7 +44,7 @@ class Run:
     def profiles(self, case: Case) -> dict[str, Outcome]:
         """One profiled measurement of each of our contestants."""
         ours = [c for c in self._contestants(case) if c.whose == "ours"]
-        return {c.name: in_own_process(measure, c, case, True, limits=self._limits) for c in ours}
+        return {c.name: in_own_process(profile, c, case, limits=self._limits) for c in ours}
 
     def _contestants(self, case: Case) -> list[Contestant]:
         return [c for c in contestants_of(case) if self._names is None or c.name in self._names]
@@ -58,7 +55,7 @@ class Run:
             self._tell(
                 f"{case.title}: no reference in float64 ({found.mark}); answers are held against each other"
             )
-        return Judge(case, found)
+        return Judge(case, None if found.mark else float(found.answers[0][0]))
 
     def _measure(self, case: Case, row: Row, judge: Judge) -> None:
         if row.mark:
@@ -67,10 +64,10 @@ class Run:
         row.mark = outcome.mark
         if outcome.mark:
             return
-        if outcome.answer is not None:
-            error = judge.error(row.contestant, outcome.answer)
-            row.error = error if row.error != row.error else max(error, row.error)
-        row.outcomes.append(replace(outcome, answer=None))
+        for answer in outcome.answers:
+            error = judge.error(row.contestant.name, answer, row.contestant.tolerance)
+            row.error = error if math.isnan(row.error) else max(error, row.error)
+        row.outcomes.append(replace(outcome, answers=[]))
 
     def _outcome(self, case: Case, name: str, work: Callable[..., Outcome], *args: Any) -> Outcome:
         key = (_kind(case), name)

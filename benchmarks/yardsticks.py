@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import vector_to_parameters
 
 from .cases import NEUMANN_DAMPING, OPTIMIZERS, Problem, direction, joined, neumann_scale, penalty
-from .measure import Meter
-from .models import loss_of
+from .models import Batch, loss_of
 
 TWICE_DIFFERENTIABLE = SDPBackend.MATH  # the fused kernels of attention have no second derivative
 
 
-def train_plainly(problem: Problem) -> None:
+def plain_step(problem: Problem) -> Callable[[Batch], None]:
+    """A step of the plain torch loop."""
     optimizer = problem.optimizer(problem.model.parameters())
-    for batch in problem.batches:
+
+    def step(batch: Batch) -> None:
         optimizer.zero_grad()
         loss_of(problem.model, batch).backward()
         optimizer.step()
 
+    return step
 
-def plain(problem: Problem, meter: Meter) -> None:
+
+def train_plainly(problem: Problem) -> None:
+    step = plain_step(problem)
+    for batch in problem.batches:
+        step(batch)
+
+
+def plain(problem: Problem, meter: AbstractContextManager) -> None:
     """The plain torch loop, without a hypergradient."""
     with meter:
         train_plainly(problem)
 
 
-def plain_steps(problem: Problem, meter: Meter) -> Tensor:
+def plain_steps(problem: Problem, meter: AbstractContextManager) -> Tensor:
     """The plain torch loop (foreach)."""
     before = joined(problem.model.parameters())
     with meter:
@@ -36,7 +48,7 @@ def plain_steps(problem: Problem, meter: Meter) -> Tensor:
     return joined(problem.model.parameters()) - before
 
 
-def floor(problem: Problem, meter: Meter) -> None:
+def floor(problem: Problem, meter: AbstractContextManager) -> None:
     """T gradients, then T gradients with graph and one double backward each: what the cost model allows."""
     params = list(problem.model.parameters())
     with meter, sdpa_kernel(TWICE_DIFFERENTIABLE):
@@ -47,7 +59,7 @@ def floor(problem: Problem, meter: Meter) -> None:
             torch.autograd.grad(grads, params, [torch.ones_like(g) for g in grads], materialize_grads=True)
 
 
-def double_backwards(problem: Problem, meter: Meter) -> None:
+def double_backwards(problem: Problem, meter: AbstractContextManager) -> None:
     """K + 3 double backward passes on one graph: what the cost model allows."""
     params = list(problem.model.parameters())
     with sdpa_kernel(TWICE_DIFFERENTIABLE):
@@ -104,7 +116,7 @@ def unrolled_reference(problem: Problem) -> float:
     between two runs, the gradient jumps.
     """
     params, decay = list(problem.model.parameters()), joined(problem.decays(torch.float64))
-    tan_decay, p = direction(decay.numel()), joined(params)
+    tan_decay, p = direction(decay.numel(), problem.device), joined(params)
     tan_p, rule = torch.zeros_like(p), RULES[problem.case.optimizer](p)
     for batch in problem.batches:
         vector_to_parameters(p, params)
@@ -124,7 +136,7 @@ def steps_reference(problem: Problem) -> float:
     before = joined(problem.model.parameters())
     train_plainly(problem)
     moved = joined(problem.model.parameters()) - before
-    return (moved @ direction(moved.numel())).item()
+    return (moved @ direction(moved.numel(), problem.device)).item()
 
 
 def implicit_reference(problem: Problem) -> float:
@@ -143,4 +155,4 @@ def implicit_reference(problem: Problem) -> float:
         )
         term = term - scale * (product + NEUMANN_DAMPING * term)
     mixed = -joined(torch.autograd.grad(stationarity, decays, total))
-    return (mixed @ direction(mixed.numel())).item()
+    return (mixed @ direction(mixed.numel(), problem.device)).item()

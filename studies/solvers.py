@@ -1,6 +1,6 @@
 """Work to an accurate hypergradient: products with the curvature that each solver needs, on trained networks.
 
-    python benchmarks/solvers.py [--data FOLDER] [--output docs/results] [--max_products 400]
+    python -m studies.solvers [--data FOLDER] [--output docs/results] [--max_products 400]
 
 Logistic regression on scikit-learn's digits, and an MLP and a CNN on MNIST (torchvision's layout in FOLDER;
 without it on digits too) are trained with Adam and AdamW. Then each solver takes more and more products
@@ -17,15 +17,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.sparse.linalg import LinearOperator, eigsh
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from benchmarks.models import Batch, loss_of
 from torch_hypergrad import (
     CG,
     Cholesky,
@@ -39,7 +40,6 @@ from torch_hypergrad import (
     SolverError,
 )
 
-Batch = tuple[Tensor, Tensor]
 LEVELS = (1e-2, 1e-3)
 DAMPING = 0.1
 RANK = 20
@@ -47,10 +47,6 @@ OPTIMIZERS: dict[str, Callable] = {
     "Adam": partial(torch.optim.Adam, lr=1e-3, weight_decay=1e-3),
     "AdamW": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1),
 }
-
-
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def linear() -> nn.Module:
@@ -296,103 +292,105 @@ def outcomes(problem: Problem) -> list[list[str]]:
     return rows
 
 
-def main() -> None:
+@dataclass
+class Found:
+    """What the tables and the plot show."""
+
+    spectra: list[list[object]] = field(default_factory=list)
+    rows: list[list[object]] = field(default_factory=list)
+    said: list[list[str]] = field(default_factory=list)
+    agreements: list[list[str]] = field(default_factory=list)
+    curves: dict[tuple[str, str, float, str], Curve] = field(default_factory=dict)
+
+    def tables(self) -> str:
+        levels = [f"{100 * level:g} %, {per}" for level in LEVELS for per in ("element", "group")]
+        heads = {
+            ("problem", "weights", "least eigenvalue", "greatest"): self.spectra,
+            ("problem", "curvature", "solver", *levels): self.rows,
+            ("problem", "solver", "on the Hessian as it is"): self.said,
+            ("problem", "Gauss-Newton's hypergradient from the Hessian's"): self.agreements,
+        }
+        return "\n\n".join(tabulate(r, head, "github", disable_numparse=True) for head, r in heads.items())
+
+
+def study(problem: Problem, max_products: int, found: Found) -> None:
+    """Everything about one problem."""
+    title, logistic = f"{problem.name}, {problem.optimizer_name}", "logistic" in problem.name
+    low, high = ends_of_the_spectrum(problem, "hessian")
+    num_weights = sum(p.numel() for p in problem.model.parameters())
+    found.spectra.append([title, num_weights, f"{low:.2g}", f"{high:.2g}"])
+    if low < 0:
+        found.said += outcomes(problem)
+    race(problem, title, "hessian" if logistic else "gauss_newton", 0.0, max_products, found)
+    if not logistic and problem.optimizer_name == "Adam":
+        expected = race(problem, title, "hessian", DAMPING, max_products, found)
+        other = reference(problem, "gauss_newton", DAMPING)
+        found.agreements.append([title, f"{float((other - expected).norm() / expected.norm()):.2g}"])
+
+
+def race(
+    problem: Problem, title: str, curvature: str, damping: float, max_products: int, found: Found
+) -> Tensor:
+    """Lets all solvers compete on one system; the reference."""
+    expected = reference(problem, curvature, damping)
+    for name, curve in compete(problem, curvature, damping, expected, max_products):
+        found.curves[title, curvature, damping, name] = curve
+        errors = (curve.per_element, curve.per_group)
+        hits = [curve.reached(level, of_kind) for level in LEVELS for of_kind in errors]
+        found.rows.append([title, curvature + (f", damping {damping}" if damping else ""), name, *hits])
+        print(*found.rows[-1], sep=" | ", flush=True)
+    return expected
+
+
+def kinds(folder: str | None) -> list[tuple[str, Callable[[], nn.Module], Batch, int, int]]:
+    """Name, model, data, number of images and of steps of each problem."""
+    pictures, source = (mnist(folder), "MNIST") if folder else (digits(), "digits")
+    pixels = pictures[0][0].numel()
+    return [
+        ("logistic regression, digits", linear, digits(), 800, 3000),
+        (f"MLP, {source}", partial(mlp, pixels), pictures, 500, 1500),
+        (f"CNN, {source}", partial(cnn, pixels), pictures, 500, 1500),
+    ]
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", help="folder with MNIST in torchvision's layout; without it, digits")
     parser.add_argument("--output", type=Path, help="folder for solvers_table.md and solvers.png")
     parser.add_argument("--max_products", type=int, default=400)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options, found = parse(), Found()
     torch.set_num_threads(1)
-    pictures = mnist(options.data) if options.data else digits()
-    pixels = pictures[0][0].numel()
-    kinds = [
-        ("logistic regression, digits", linear, digits(), 800, 3000),
-        ("MLP" + (", MNIST" if options.data else ", digits"), partial(mlp, pixels), pictures, 500, 1500),
-        ("CNN" + (", MNIST" if options.data else ", digits"), partial(cnn, pixels), pictures, 500, 1500),
-    ]
-    rows, spectra, agreements, said, curves = [], [], [], [], {}
-    for kind, optimizer_name in ((kind, o) for kind in kinds for o in OPTIMIZERS):
+    for (name, *rest), optimizer_name in product(kinds(options.data), OPTIMIZERS):
         start = time.perf_counter()
-        problem = trained(kind[0], optimizer_name, *kind[1:])
-        title = f"{problem.name}, {optimizer_name}"
-        low, high = ends_of_the_spectrum(problem, "hessian")
-        spectra.append(
-            [title, sum(p.numel() for p in problem.model.parameters()), f"{low:.2g}", f"{high:.2g}"]
-        )
-        settings = [("gauss_newton", 0.0)] if "logistic" not in kind[0] else [("hessian", 0.0)]
-        if low < 0:
-            said += outcomes(problem)
-        if "logistic" not in kind[0] and optimizer_name == "Adam":
-            settings.append(("hessian", DAMPING))
-        for curvature, damping in settings:
-            expected = reference(problem, curvature, damping)
-            if damping:
-                other = reference(problem, "gauss_newton", damping)
-                agreements.append([title, f"{float((other - expected).norm() / expected.norm()):.2g}"])
-            for name, curve in compete(problem, curvature, damping, expected, options.max_products):
-                curves[title, curvature, damping, name] = curve
-                hits = [
-                    curve.reached(level, errors)
-                    for level in LEVELS
-                    for errors in (curve.per_element, curve.per_group)
-                ]
-                rows.append([title, curvature + (f", damping {damping}" if damping else ""), name, *hits])
-                print(*rows[-1], sep=" | ", flush=True)
-        print(f"{title}: {time.perf_counter() - start:.0f} s", flush=True)
-    shown = [
-        tabulate(
-            spectra, ["problem", "weights", "least eigenvalue", "greatest"], "github", disable_numparse=True
-        ),
-        tabulate(
-            rows,
-            [
-                "problem",
-                "curvature",
-                "solver",
-                "1 %, element",
-                "1 %, group",
-                "0.1 %, element",
-                "0.1 %, group",
-            ],
-            "github",
-            disable_numparse=True,
-        ),
-        tabulate(said, ["problem", "solver", "on the Hessian as it is"], "github", disable_numparse=True),
-        tabulate(
-            agreements,
-            ["problem", "Gauss-Newton's hypergradient from the Hessian's"],
-            "github",
-            disable_numparse=True,
-        ),
-    ]
-    print("\n\n".join(shown))
+        study(trained(name, optimizer_name, *rest), options.max_products, found)
+        print(f"{name}, {optimizer_name}: {time.perf_counter() - start:.0f} s", flush=True)
+    print(found.tables())
     if options.output:
-        (options.output / "solvers_table.md").write_text("\n\n".join(shown) + "\n")
-        plot(curves, options.output / "solvers.png")
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "solvers_table.md").write_text(found.tables() + "\n")
+        plot(found.curves, options.output / "solvers.png")
 
 
-def plot(curves: dict, file: Path) -> None:
-    import matplotlib
+def plot(curves: dict[tuple[str, str, float, str], Curve], file: Path) -> None:
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = list(
-        dict.fromkeys((title, curvature) for title, curvature, damping, _ in curves if damping == 0)
-    )
-    figure, axes = plt.subplots(
-        2, (len(panels) + 1) // 2, figsize=(12, 6.5), sharey=True, constrained_layout=True
-    )
-    for axis, (title, curvature) in zip(axes.T.reshape(-1), panels):
+    panels = list(dict.fromkeys(key[:2] for key in curves if key[2] == 0))
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    axes = figure.subplots(2, (len(panels) + 1) // 2, sharey=True)
+    for axis, panel in zip(axes.T.reshape(-1), panels):
         for i, name in enumerate(CONTESTANTS):
-            curve = curves.get((title, curvature, 0.0, name))
+            curve = curves.get((*panel, 0.0, name))
             if curve is not None:
                 axis.loglog(curve.products, curve.per_element, label=name, color=f"C{i}")
         for level in LEVELS:
             axis.axhline(level, color="0.7", linewidth=0.8)
-        axis.set(title=f"{title}\n{curvature}", xlabel="products", ylim=(LEVELS[-1] / 5, 3))
+        axis.set(title="\n".join(panel), xlabel="products", ylim=(LEVELS[-1] / 5, 3))
     for axis in axes[:, 0]:
         axis.set_ylabel("relative error, per element")
     axes[0, 0].legend(fontsize=8)

@@ -1,6 +1,6 @@
 """float32 against float64 hypergradients: where they part, why, what helps, and what tells beforehand.
 
-    python benchmarks/precision.py [--data FOLDER_WITH_MNIST] [--out docs/results/precision.md] [--seed 0]
+    python -m studies.precision [--data FOLDER_WITH_MNIST] [--out docs/results/precision.md] [--seed 0]
 
 Every run is trained twice, in float32 and in float64, from the same start on the same batches, and swept
 three times: float32 along float32's states (what a user gets), float64 along float32's states, and float64
@@ -24,12 +24,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from precision_sweep import F32, F64, TUNED, AdamRoot, Optimizer, Problem, check_against_library, sweep, train
-from precision_tables import draw, report
 from torch_hypergrad import HyperOptimizer, Unrolled
 
+from .precision_sweep import (
+    F32,
+    F64,
+    TUNED,
+    AdamRoot,
+    Optimizer,
+    Problem,
+    check_against_library,
+    sweep,
+    train,
+)
+from .precision_tables import draw, report
+
 Row = dict[str, Any]
-TABLES = "<!-- tables: written by benchmarks/precision.py -->"
+TABLES = "<!-- tables: written by studies/precision.py -->"
 SECANT = 1.01
 """The learning rate is divided and multiplied by this for a difference quotient over
 a distance that a user would move."""

@@ -1,0 +1,1 @@
+"""Measured once to settle a question: ``python -m studies.precision``, ``python -m studies.solvers``."""
