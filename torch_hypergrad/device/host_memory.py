@@ -81,7 +81,8 @@ def sample_of_bytes(tensor: Tensor) -> bytes:
     if size <= NUM_STRETCHES * STRETCH:
         return ctypes.string_at(start, size)
     spacing = (size - STRETCH) // (NUM_STRETCHES - 1)
-    return b"".join([ctypes.string_at(start + k * spacing, STRETCH) for k in range(NUM_STRETCHES)])
+    content = memoryview((ctypes.c_char * size).from_address(start)).cast("B")
+    return b"".join([content[k * spacing : k * spacing + STRETCH] for k in range(NUM_STRETCHES)])
 
 
 @cache

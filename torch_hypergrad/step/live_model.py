@@ -70,9 +70,7 @@ class LiveModel:
         """Whether the parameters have the values of the parts' vectors. Only a CPU can tell without
         waiting."""
         return all(map(readings.at_once, self.params)) and all(
-            same_bits(self.params[i].detach(), piece)
-            for part in parts
-            for i, piece in part.bucket.scatter(part.param)
+            same_bits(self.params[i], piece) for part in parts for i, piece in part.bucket.scatter(part.param)
         )
 
     def point_to(self, values: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:

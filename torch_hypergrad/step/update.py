@@ -35,6 +35,7 @@ class UpdateStage:
         bucket_of: Callable[[Sequence[int]], Bucket],
     ) -> None:
         self.rule, self.hyperparameters, self._bucket_of = rule, hyperparameters, bucket_of
+        self._settings: dict[Bucket, tuple[Mapping[str, Any], list[Tensor], dict[str, Any]]] = {}
         self._reads: dict[Bucket, tuple[Mapping[str, Any], Collection[str] | None]] = {}
 
     def refined(self, state: State, active: Sequence[bool]) -> State:
@@ -51,12 +52,20 @@ class UpdateStage:
 
     def settings(self, bucket: Bucket, step: Step, tuned: Tuned | None = None) -> dict[str, Any]:
         """The settings of a bucket at a step, with the tuned ones in their place (or those given as
-        ``tuned``)."""
-        settings = dict(step.settings[bucket.group])
-        for setting in self.tuned(bucket):
-            value = setting.for_bucket(bucket, step.number) if tuned is None else tuned[setting]
-            factor = setting.factor(step.settings[bucket.group])
+        ``tuned``): the same mapping as long as nothing has changed."""
+        given = step.settings[bucket.group]
+        values = [
+            setting.for_bucket(bucket, step.number) if tuned is None else tuned[setting]
+            for setting in self.tuned(bucket)
+        ]
+        before = self._settings.get(bucket)
+        if before is not None and before[0] is given and all(a is b for a, b in zip(before[1], values)):
+            return before[2]
+        settings = dict(given)
+        for setting, value in zip(self.tuned(bucket), values):
+            factor = setting.factor(given)
             write_setting(settings, setting.spec.name, value if factor == 1.0 else value * factor)
+        self._settings[bucket] = given, values, settings
         return settings
 
     def reads(self, bucket: Bucket, step: Step, name: str) -> bool:
