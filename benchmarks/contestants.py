@@ -114,7 +114,7 @@ CONTESTANTS: dict[str, list[Contestant]] = {
         yardstick("plain", yardsticks.plain),
         yardstick("floor", yardsticks.floor),
         Contestant("unrolled", "`Unrolled()`: chooses by itself which steps keep their graphs", unrolled),
-        Contestant("budget", "`Unrolled(memory=25_000_000)`: chooses within 25 MB", budget),
+        Contestant("budget", "`Unrolled(memory=12_000_000)`: chooses within 12 MB", budget),
         Contestant("replay", "`Unrolled(memory=0)`: every step is taken again", partial(unrolled, memory=0)),
         Contestant(
             "graphs", f"`Unrolled(max_graphs={MAX_GRAPHS})`", partial(unrolled, max_graphs=MAX_GRAPHS)

@@ -110,10 +110,21 @@ def test_the_answer_is_that_of_replay(kind: str, number: int) -> None:
 
 def test_a_truncation_gives_room() -> None:
     (weight,) = set(weights_of(trained(Unrolled())))
-    hyper = trained(Unrolled(truncation=3, memory=2 * weight))
+    hyper = trained(Unrolled(truncation=4, memory=2 * weight))
     assert len(graphs_of(hyper)) == 2
-    assert min(graphs_of(hyper)) >= NUM_STEPS - 3
-    assert_all_close(hyper.hypergradient(VAL), trained(Unrolled(truncation=3, memory=0)).hypergradient(VAL))
+    assert min(graphs_of(hyper)) >= NUM_STEPS - 4
+    assert_all_close(hyper.hypergradient(VAL), trained(Unrolled(truncation=4, memory=0)).hypergradient(VAL))
+
+
+def test_none_are_made_where_most_would_be_for_nothing() -> None:
+    """In windows of more than twice the truncation, once one of them was seen."""
+    hyper, counts = trained(Unrolled(truncation=3), batches=[]), []
+    for number in (8, 8, 6, 6):
+        for batch in batches(100, number):
+            hyper.step(batch)
+        counts.append(sorted(graphs_of(hyper)))
+        hyper.hyper_step(VAL)
+    assert counts == [[5], [], [], [25, 26, 27]]
 
 
 def test_a_window_that_has_ended_gives_room() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -135,13 +136,14 @@ def live_bytes() -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if (
-            type(thing) in (torch.Tensor, nn.Parameter)
-            and thing.layout is torch.strided
-            and thing.device.type == "cpu"
-        ):
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+        with suppress(RuntimeError):  # torch.func leaves tensors about that have no device
+            if (
+                type(thing) in (torch.Tensor, nn.Parameter)
+                and thing.layout is torch.strided
+                and thing.device.type == "cpu"
+            ):
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 

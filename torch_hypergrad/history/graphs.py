@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -67,7 +66,8 @@ class Newest(Shelf):
 
 
 class Within(Shelf):
-    """As many as fit, of the last so many.
+    """As many as fit, of the last so many; none once a window turns out to be more than twice as long as
+    that, nor in the next one, as most graphs would be made for nothing.
 
     One graph of each kind of step is weighed. A step of a kind that is seen for the first time is weighed if
     the step before was of such a kind too; else its graph is not kept.
@@ -84,33 +84,59 @@ class Within(Shelf):
         self._held: dict[int, int] = {}
         self._total = self._light = 0
         self._is_new, self._can_weigh = True, True
+        self._num_steps, self._is_long = 0, False
 
     def _has_place(self) -> bool:
-        return self._can_weigh and (self._is_new or self._fits(max(self._weights.values())))
+        self._num_steps += 1
+        self._is_long = self._is_long or self._turns_long()
+        can_fit = self._is_new or self._fits(max(self._weights.values()))
+        return can_fit and self._can_weigh and not self._is_long
 
     def _fits(self, weight: int) -> bool:
         return weight <= self._light or self._total + weight <= self._budget
 
     def take(self, transition: Transition, step: Step, state: State) -> tuple[Step, State, State] | None:
-        live, before = transition.gradient.live, num_nodes()
-        scale = weighing(_known(transition, step, state)) if self._is_new else nullcontext()
-        try:
-            with live.undone_on_error(step, state.buffers), scale as weigh:
-                step, after, graph = transition.linearize_taken(step, state)
-        except RuntimeError as error:
-            if not self._is_new or "saved tensor hooks" not in str(error):
-                raise
-            self._can_weigh = False  # torch.func goes with none
+        before, weight = num_nodes(), None
+        if not self._is_new:
+            step, after, graph = transition.linearize_taken(step, state)
+        elif (weighed := self._weighed(transition, step, state)) is None:
             return None
+        else:
+            step, after, graph, weight = weighed
         kind = num_nodes() - before, *(tensor.shape for tensor in watched(step.batch))
         self._is_new = kind not in self._weights
-        if weigh is not None:
-            self._weights[kind], self._light = weigh(), graph.state.nbytes() if self._with_light else 0
-        weight = self._weights.get(kind)
+        weight = self._weights.get(kind) if weight is None else self._weights.setdefault(kind, weight)
         if weight is not None and self._fits(weight):
             self.graphs[step.number], self._held[step.number] = graph, weight
             self._total += weight
         return step, after, graph.state
+
+    def _weighed(
+        self, transition: Transition, step: Step, state: State
+    ) -> tuple[Step, State, Linearization, int] | None:
+        """Takes the step, and weighs its graph; None if that cannot be weighed."""
+        live = transition.gradient.live
+        try:
+            with (
+                live.undone_on_error(step, state.buffers),
+                weighing(_known(transition, step, state)) as weigh,
+            ):
+                step, after, graph = transition.linearize_taken(step, state)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            self._can_weigh = False  # torch.func goes with none
+            return None
+        if self._with_light:
+            self._light = graph.state.nbytes()
+        return step, after, graph, weigh() + sum(g.nbytes for g in graph.gradient())
+
+    def _turns_long(self) -> bool:
+        return self._max_age is not None and self._num_steps > 2 * self._max_age
+
+    def clear(self) -> None:
+        super().clear()
+        self._is_long, self._num_steps = self._turns_long(), 0
 
     def pop(self, number: int) -> Linearization | None:
         self._total -= self._held.pop(number, 0)

@@ -86,6 +86,10 @@ class Linearization:
         self.error: Tensor | None = None
         """Estimated relative error of the products in :meth:`pull`; None if they are exact."""
 
+    def gradient(self) -> list[Tensor]:
+        """The values of the gradient, as far as they are there."""
+        return [grad for grad in self._trace(True).grads if grad is not None]
+
     def pull(self, adjoint: State, into: Hypergradient) -> State:
         """From the adjoint of the state after the step to that of the state before it; what goes to
         hyperparameters is added to ``into``. Can be called once."""
