@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,6 +157,23 @@ def test_snapshots_and_a_budget() -> None:
     hyper = trained(Unrolled(max_snapshots=3, memory=20_000))
     assert 0 < len(graphs_of(hyper)) < NUM_STEPS
     assert_all_close(hyper.hypergradient(VAL), trained(REPLAY).hypergradient(VAL))
+
+
+@pytest.mark.parametrize("method", [Unrolled(), REPLAY], ids=["graphs", "replay"])
+@pytest.mark.parametrize("setting", ["weight_decay", "momentum", "lr"])
+def test_a_checkpoint_in_the_middle_of_a_window(method: Unrolled, setting: str, tmp_path: Path) -> None:
+    """It holds what the derivatives read, and nothing in the place of what they do not."""
+    tune = Hyperparameter(setting)
+    hyper, other = (
+        trained(method, light, batches(8), tune=tune),
+        trained(method, light, batches(8, 1), tune=tune),
+    )
+    torch.save(hyper.state_dict(), tmp_path / "saved.pt")
+    other.load_state_dict(torch.load(tmp_path / "saved.pt", weights_only=True))
+    for each in (hyper, other):
+        each.step(random_batch(8, 4, 50))
+    assert_all_close(other.hypergradient(VAL), hyper.hypergradient(VAL))
+    assert_all_close(other.model.state_dict(), hyper.model.state_dict(), rtol=0)
 
 
 # ---- how they are weighed ----------------------------------------------------------------------------------
