@@ -24,8 +24,8 @@ class TracedGradient(ABC):
     r"""The training gradient :math:`g(\theta, \lambda)` of one step at one state, as the update rule gets it,
     and the buffers that the loss leaves.
 
-    ``grads`` has one tensor for each parameter, None where the loss does not depend on it; ``loss`` is the
-    loss where it was computed.
+    ``grads`` has one tensor for each parameter, None where the loss does not depend on it, or where a kept
+    graph has given up the values; ``loss`` is the loss where it was computed.
     """
 
     grads: list[Tensor | None]
