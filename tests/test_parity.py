@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from cells import ADAM_DECOUPLES
+from problems import REPLAY
 from torch_hypergrad import HyperOptimizer, Hyperparameter, Unrolled
 
 NUM_STEPS = 20
@@ -90,6 +91,10 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+KEPT = Unrolled()
+"""Training computes gradients with their graphs."""
+
+
 class Pair:
     """The same model and optimizer twice, one for plain steps and one to be wrapped.
 
@@ -109,7 +114,9 @@ class Pair:
         self.plain_optimizer, self.optimizer = make_optimizer(self.plain), make_optimizer(self.model)
         self.loss = loss
 
-    def wrap(self, *tune: Hyperparameter, grad_transform: Any = None) -> HyperOptimizer:
+    def wrap(
+        self, *tune: Hyperparameter, grad_transform: Any = None, method: Unrolled = KEPT
+    ) -> HyperOptimizer:
         """Tunes the settings, or nothing but a tensor in the loss, which is zero."""
         zero = torch.zeros((), dtype=next(self.model.parameters()).dtype, requires_grad=True)
         used = [("shift", zero)] if not tune else list(tune)
@@ -124,7 +131,7 @@ class Pair:
             self.optimizer,
             train_loss,
             used,
-            Unrolled(),
+            method,
             make,
             val_loss=self.loss,
             grad_transform=grad_transform,
@@ -224,13 +231,14 @@ def run_both(pair: Pair, hyper: HyperOptimizer, batches: Sequence[Any]) -> None:
 # ---- the grid of options -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", [KEPT, REPLAY], ids=["graphs", "replay"])
 @pytest.mark.parametrize(("name", "options"), VARIANTS, ids=name_of)
 def test_training_with_all_settings_untuned_is_bitwise_that_of_torch(
-    name: str, options: dict[str, Any]
+    name: str, options: dict[str, Any], method: Unrolled
 ) -> None:
     with default_dtype(torch.float64):
         pair = network_pair(name, options, torch.float64)
-        run_both(pair, pair.wrap(), regression_batches())
+        run_both(pair, pair.wrap(method=method), regression_batches())
         pair.assert_equal(rtol=1e-12 if options.get("foreach") and name in REORDERED else 0.0)
 
 

@@ -27,9 +27,8 @@ def keep_freed_memory() -> bool:
     A setting of the whole process, so nothing here makes it but this call: make it once, at the start of a
     program that trains on a CPU. Each training step frees the graph that the next one needs again, and each
     hyper step the window that the next one needs. By default glibc gives such memory back, and gets it again
-    page by page, cleared, which can take as long as the arithmetic of a small network; the plain loop gains
-    too. The price is memory that other processes cannot have. PyTorch keeps memory of CUDA devices in the
-    same way.
+    page by page, cleared, which counts beside the arithmetic of a small network. The price is memory that
+    other processes cannot have. PyTorch keeps memory of CUDA devices in the same way.
 
     Returns:
         Whether the C library is glibc; elsewhere nothing happens.
