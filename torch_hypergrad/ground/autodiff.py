@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, _engine_run_backward, get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import NotTwiceDifferentiableError
@@ -61,19 +61,25 @@ def gradients(
     create_graph: bool = False,
     retain_graph: bool | None = None,
 ) -> list[Tensor | None]:
-    """``torch.autograd.grad`` that gives None for what does not matter, also where no output has a graph."""
-    grad_outputs = [None] * len(outputs) if grad_outputs is None else grad_outputs
-    pairs = [(o, g) for o, g in zip(outputs, grad_outputs) if _has_graph(o)]
+    """``torch.autograd.grad`` that gives None for what does not matter, also where no output has a graph. A
+    missing vector stands for ones.
+
+    The vectors have the shapes of their outputs: ``torch.autograd.grad`` itself asks that of each, which
+    takes as long as a small network's gradient, and then calls the same function.
+    """
+    given = [None] * len(outputs) if grad_outputs is None else grad_outputs
+    pairs = [(o, g) for o, g in zip(outputs, given) if _has_graph(o)]
     if not pairs or not inputs:
         return [None] * len(inputs)
     with explain_missing_second_derivative():
-        found = torch.autograd.grad(
-            [o for o, _ in pairs],  # type: ignore[arg-type]
-            inputs,
-            [g for _, g in pairs],
-            create_graph=create_graph,
-            retain_graph=retain_graph,
-            allow_unused=True,
+        found = _engine_run_backward(
+            tuple(o for o, _ in pairs),
+            tuple(torch.ones_like(o) if g is None else g for o, g in pairs),  # type: ignore[arg-type]
+            create_graph if retain_graph is None else retain_graph,
+            create_graph,
+            tuple(inputs),
+            True,  # inputs may be unused
+            accumulate_grad=False,
         )
     return list(found)
 

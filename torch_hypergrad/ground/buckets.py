@@ -52,4 +52,4 @@ class Bucket:
 
     def scatter(self, tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The transpose of :meth:`gather`: each parameter's index and its view of ``tensor``."""
-        return zip(self.indices, self.layout.split(tensor))
+        return zip(self.indices, self.layout.split(tensor) if self.flat else [tensor])

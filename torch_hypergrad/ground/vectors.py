@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 
 class Layout:
@@ -20,7 +21,7 @@ class Layout:
         self.shapes = tuple(shapes)
         self.sizes = tuple(shape.numel() for shape in shapes)
         self.offsets = (0, *accumulate(self.sizes))
-        self._places = [(shape, _strides(shape), offset) for shape, offset in zip(self.shapes, self.offsets)]
+        self._like = [torch.empty(shape, device="meta") for shape in shapes]
 
     @property
     def numel(self) -> int:
@@ -38,9 +39,7 @@ class Layout:
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Views of ``vector`` with the shapes of the tensors."""
-        vector = vector.contiguous()
-        start = vector.storage_offset()
-        return [vector.as_strided(shape, strides, start + at) for shape, strides, at in self._places]
+        return list(_unflatten_dense_tensors(vector.contiguous(), self._like))
 
     def take(self, vector: Tensor, positions: Sequence[int]) -> Tensor:
         """The parts of ``vector`` that belong to the tensors at ``positions``, one after the other."""
@@ -58,11 +57,6 @@ class Layout:
 
     def _part(self, vector: Tensor, i: int) -> Tensor:
         return vector.narrow(0, self.offsets[i], self.sizes[i])
-
-
-def _strides(shape: torch.Size) -> tuple[int, ...]:
-    """Of a contiguous tensor."""
-    return torch.empty(shape, device="meta").stride()
 
 
 def laid_out_as(piece: Tensor, param: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Live:
         self.params = model.params
         self._settings: tuple[dict[str, Any], ...] = ()
         self._written: State | None = None
+        self._pieces: list[Tensor] = []  # of what was written
         self._standing: State | None = None
 
     def state(self) -> State:
@@ -33,7 +35,7 @@ class Live:
         unchanged = (
             written is not None
             and tuple(part.bucket for part in written.parts) == held.buckets
-            and self.model.holds(written.parts)
+            and self.model.holds(self._pieces)
         )
         params = (
             written.params  # type: ignore[union-attr]
@@ -60,14 +62,13 @@ class Live:
                 self.model.set_buffers(state.buffers)
             yield
             return
-        values = state.per_parameter(len(self.params))
+        values = self._pieces_of(state)
         if moved_by is not None:
             direction, distance = moved_by
             values = [
-                p if v is None else torch.addcmul(p, v, distance.to(v))  # type: ignore[arg-type]
-                for p, v in zip(values, direction)
+                p if v is None else torch.addcmul(p, v, distance.to(v)) for p, v in zip(values, direction)
             ]
-        before = self.model.point_to(values)  # type: ignore[arg-type]
+        before = self.model.point_to(values)
         try:
             if with_buffers and state.buffers is not None:
                 self.model.set_buffers(state.buffers)
@@ -87,16 +88,24 @@ class Live:
 
     def load(self, state: State) -> None:
         """Puts parameters and buffers into the model."""
-        self.model.write_params(state.parts)
+        self.model.write_params(self._pieces_of(state))
         if state.buffers is not None:
             self.model.set_buffers(state.buffers)
 
     def write(self, state: State) -> None:
         """Puts parameters into the model, and the rule's states into the optimizer in torch's own format."""
-        self.model.write_params(state.parts)
+        self._pieces = self._pieces_of(state)
+        self._written = state
+        self.model.write_params(self._pieces)
         self.optimizer.write(state.parts)
         self.model.mark_written()
-        self._written = state
+
+    def _pieces_of(self, state: State) -> list[Tensor]:
+        """The parameters as views in their own shapes, which are at hand for the state written last."""
+        written = () if self._written is None else self._written.params
+        if len(written) == len(state.params) and all(map(is_, written, state.params)):
+            return self._pieces
+        return state.per_parameter(len(self.params))  # type: ignore[return-value]
 
     def reset(self, state: State) -> None:
         """Makes ``state`` the current one, whatever was there before."""

@@ -14,7 +14,7 @@ from ..device import readings
 from ..device.host_memory import same_bits
 from ..ground import autodiff
 from ..ground.vectors import aligned, has_views, laid_out_as
-from .state import Buffers, Part, Surroundings
+from .state import Buffers, Surroundings
 
 
 class LiveModel:
@@ -54,24 +54,15 @@ class LiveModel:
         """Every module that the training loss may call."""
         return self._modules
 
-    def write_params(self, parts: Sequence[Part]) -> None:
-        """Copies the parts' vectors into the parameters. Version counters move, by which autograd refuses
-        graphs made before."""
-        targets, sources = [], []
-        for part in parts:
-            for i, piece in part.bucket.scatter(part.param):
-                targets.append(self.params[i])
-                sources.append(piece)
-        if targets:
-            with torch.no_grad():
-                torch._foreach_copy_(targets, sources)
+    def write_params(self, values: Sequence[Tensor]) -> None:
+        """Copies values into the parameters. Version counters move, by which autograd refuses graphs made
+        before."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, list(values))
 
-    def holds(self, parts: Sequence[Part]) -> bool:
-        """Whether the parameters have the values of the parts' vectors. Only a CPU can tell without
-        waiting."""
-        return all(map(readings.at_once, self.params)) and all(
-            same_bits(self.params[i], piece) for part in parts for i, piece in part.bucket.scatter(part.param)
-        )
+    def holds(self, values: Sequence[Tensor]) -> bool:
+        """Whether the parameters have these values. Only a CPU can tell without waiting."""
+        return all(map(readings.at_once, self.params)) and all(map(same_bits, self.params, values))
 
     def point_to(self, values: Sequence[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
         """Makes ``values`` the parameters' own memory, and gives what :meth:`point_back` needs.

@@ -33,7 +33,7 @@ class LiveOptimizer:
         self.params: list[Tensor] = [p for group in groups for p in group["params"]]
         self._positions = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
         self._bucket_cache: dict[tuple[int, ...], Bucket] = {}
-        self._known: list[dict[str, tuple[int, int]]] = []
+        self._known: list[tuple[int, list[tuple[str, Tensor, int]]]] = []
         self.buckets: tuple[Bucket, ...] = ()
         self.rule_states: tuple[RuleState, ...] = ()
         self.adopt()
@@ -95,21 +95,20 @@ class LiveOptimizer:
 
     def replaced(self) -> bool:
         """Whether somebody else has written to the optimizer's state, or replaced it."""
-        for p, known in zip(self.params, self._known):
-            number = 0
-            for key, tensor in self.optimizer.state.get(p, {}).items():
-                if key != "step" and isinstance(tensor, Tensor):
-                    number += 1
-                    if known.get(key) != (id(tensor), tensor._version):
-                        return True
-            if number != len(known):
+        for p, (length, known) in zip(self.params, self._known):
+            entries = self.optimizer.state.get(p, {})
+            if len(entries) != length or any(entries.get(k) is not t or t._version != v for k, t, v in known):
                 return True
         return False
 
     def _remember(self) -> None:
-        held = [self._tensors_of(p) for p in self.params]
-        self._known = [{key: (id(t), t._version) for key, t in tensors.items()} for tensors in held]
-        self._held = held  # so that no other tensor gets their ids
+        self._known = [
+            (
+                len(self.optimizer.state.get(p, {})),
+                [(k, t, t._version) for k, t in self._tensors_of(p).items()],
+            )
+            for p in self.params
+        ]
 
     def _tensors_of(self, p: Tensor) -> dict[str, Tensor]:
         state = self.optimizer.state.get(p, {})
