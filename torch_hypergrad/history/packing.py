@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from ..step.batch import seen
-from ..step.gradient import Evaluation
+from ..step.gradient import LossAndGradient
 from ..step.live_optimizer import LiveOptimizer
 from ..step.state import Part, State, Step, Surroundings
 
 
-def pack_state(state: State, known: Evaluation | None = None) -> dict[str, Any]:
+def pack_state(state: State, known: LossAndGradient | None = None) -> dict[str, Any]:
     """``state``, and the gradient there if it was kept."""
     return {
         "buckets": [list(part.bucket.indices) for part in state.parts],
@@ -28,7 +28,7 @@ def pack_state(state: State, known: Evaluation | None = None) -> dict[str, Any]:
     }
 
 
-def unpack_state(packed: dict[str, Any], optimizer: LiveOptimizer) -> tuple[State, Evaluation | None]:
+def unpack_state(packed: dict[str, Any], optimizer: LiveOptimizer) -> tuple[State, LossAndGradient | None]:
     """The transpose of :func:`pack_state`, on the devices of the parameters."""
     parts = []
     for indices, param, rule_state in zip(packed["buckets"], packed["params"], packed["rule_states"]):
@@ -44,7 +44,7 @@ def unpack_state(packed: dict[str, Any], optimizer: LiveOptimizer) -> tuple[Stat
         parts.append(Part(bucket, param.to(bucket.device), on_device))
     buffers, known = packed["buffers"], packed["known"]
     return State(tuple(parts), None if buffers is None else tuple(buffers)), (
-        None if known is None else Evaluation(known["loss"], known["grads"], rng=tuple(known["rng"]))
+        None if known is None else LossAndGradient(known["loss"], known["grads"], rng=tuple(known["rng"]))
     )
 
 

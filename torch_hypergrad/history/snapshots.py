@@ -10,7 +10,7 @@ from typing import Any
 
 from ..device.offload import Offload, Parked
 from ..step.batch import seen_again
-from ..step.gradient import Evaluation
+from ..step.gradient import LossAndGradient
 from ..step.second_order import Way
 from ..step.state import State, Step
 from ..step.transition import Linearization, Transition
@@ -47,7 +47,7 @@ class Snapshots(History):
         self._path = path if max_snapshots is not None else None
         self._keeps_gradients = keeps_gradients
         self._steps: dict[int, Step | Parked] = {}
-        self._snapshots: dict[int, tuple[State, Evaluation | None] | Parked] = {}
+        self._snapshots: dict[int, tuple[State, LossAndGradient | None] | Parked] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -80,7 +80,7 @@ class Snapshots(History):
         return step, after
 
     def record(
-        self, step: Step, state: State, known: Evaluation | None = None, to_pull: State | None = None
+        self, step: Step, state: State, known: LossAndGradient | None = None, to_pull: State | None = None
     ) -> None:
         """Appends a step and, if it was wanted, the state before it, with the gradient there if that is to be
         kept. ``to_pull`` is what the step's pull reads of the state, where it is known."""
@@ -103,7 +103,7 @@ class Snapshots(History):
         for step, state, known in self.visits():
             yield self._transition.linearize(step, state, way, known)
 
-    def visits(self) -> Iterator[tuple[Step, State, Evaluation | None]]:
+    def visits(self) -> Iterator[tuple[Step, State, LossAndGradient | None]]:
         """Each step that counts, the state before it, and its gradient if that was kept, last step first.
 
         States that were not kept are recomputed from the snapshot before them. On the way, up to
@@ -116,7 +116,7 @@ class Snapshots(History):
             if self._offload is not None:
                 self._offload.drop_fetched()
 
-    def _visits(self, budget: int) -> Iterator[tuple[Step, State, Evaluation | None]]:
+    def _visits(self, budget: int) -> Iterator[tuple[Step, State, LossAndGradient | None]]:
         aside: list[tuple[int, Step, State]] = []
         kept = list(self._snapshots)
         for t in reversed(range(self._end - len(self), self._end)):
@@ -145,10 +145,10 @@ class Snapshots(History):
                     self._fetch(self._snapshots[kept[-2]])
             yield step, state, known
 
-    def _keep_state(self, t: int, state: State, known: Evaluation | None) -> None:
+    def _keep_state(self, t: int, state: State, known: LossAndGradient | None) -> None:
         self._snapshots[t] = (state, known) if self._offload is None else self._offload.park((state, known))
 
-    def _snapshot(self, t: int) -> tuple[State, Evaluation | None]:
+    def _snapshot(self, t: int) -> tuple[State, LossAndGradient | None]:
         kept = self._snapshots[t]
         if isinstance(kept, Parked):
             assert self._offload is not None

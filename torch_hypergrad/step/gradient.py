@@ -25,7 +25,7 @@ from .user_functions import GradTransform, Loss, call_transform, check_loss
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class LossAndGradient:
     """A training loss and its gradient.
 
     Args:
@@ -90,7 +90,7 @@ class GradientStage:
 
     # ---- the loss and its gradient, with model and generators as they stand -------------------------------
 
-    def plain(self, step: Step) -> Evaluation:
+    def plain(self, step: Step) -> LossAndGradient:
         """The loss on a step's batch and its gradient, without graph."""
         batch = step.given if step.given is not None else recorded(step.batch)
         if self._is_first and self.running.may_find:
@@ -99,7 +99,7 @@ class GradientStage:
         else:
             loss, grads = self._plain(batch)
         self._is_first = False
-        return Evaluation(loss, grads, rng=self._rng())
+        return LossAndGradient(loss, grads, rng=self._rng())
 
     def evaluate(
         self,
@@ -109,7 +109,7 @@ class GradientStage:
         dual: bool = False,
         also: Callable[[], Sequence[Tensor]] = list,
         trace: Trace | None = None,
-    ) -> Evaluation:
+    ) -> LossAndGradient:
         """The loss on a batch, and its gradient for the parameters and each of ``also``.
 
         Args:
@@ -143,7 +143,7 @@ class GradientStage:
             if is_new and create_graph:
                 autodiff.refuse_wrong_second_derivatives([g for g in grads if g is not None])
             self._inspected.add(kind)
-        return Evaluation(loss, grads, others, self._rng())
+        return LossAndGradient(loss, grads, others, self._rng())
 
     def kernels(self, *, twice_differentiable: bool) -> AbstractContextManager[None]:
         """The context to compute losses in, and products with the derivatives of their gradients."""
@@ -189,7 +189,7 @@ class GradientStage:
 
     # ---- the same for recorded steps ----------------------------------------------------------------------
 
-    def revisit(self, step: Step, *, compare: bool = True, **options: Any) -> Evaluation:
+    def revisit(self, step: Step, *, compare: bool = True, **options: Any) -> LossAndGradient:
         """:meth:`evaluate` on a recorded step's batch, in its surroundings, at the model's current weights.
 
         Args:
@@ -297,7 +297,7 @@ class GradientStage:
 
     # ---- what is done to the gradient ---------------------------------------------------------------------
 
-    def transform(self, found: Evaluation, *, keep: bool = False) -> list[Tensor | None]:
+    def transform(self, found: LossAndGradient, *, keep: bool = False) -> list[Tensor | None]:
         """The gradient as the update rule gets it.
 
         Args:

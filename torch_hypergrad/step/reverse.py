@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..ground import autodiff
-from .gradient import Evaluation, GradientStage
+from .gradient import LossAndGradient, GradientStage
 from .state import Buffers, PerParameter, State, Step
 from .traced import Products, TracedGradient
 
@@ -32,7 +32,7 @@ class Reverse(TracedGradient):
         state: State | None,
         *,
         with_buffers: bool = False,
-        known: Evaluation | None = None,
+        known: LossAndGradient | None = None,
         is_taken: bool = False,
         batch: Any = None,
     ) -> None:
@@ -58,7 +58,7 @@ class Reverse(TracedGradient):
             self._traced = [None if g is None else autodiff.edge(g) for g in self.grads]
             self.grads = [None] * len(self.grads)
 
-    def _evaluated(self, batch: Any, *, with_buffers: bool) -> Evaluation:
+    def _evaluated(self, batch: Any, *, with_buffers: bool) -> LossAndGradient:
         stage, step = self._stage, self._step
         self._trace = stage.running.trace(buffers=with_buffers, padding=True, check=step is not None)
         if step is None:

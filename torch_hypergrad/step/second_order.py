@@ -15,7 +15,7 @@ from torch import Tensor
 from ..device.capture import Captured
 from ..ground import autodiff
 from ..ground.vectors import norm
-from .gradient import Evaluation, GradientStage
+from .gradient import LossAndGradient, GradientStage
 from .reverse import Reverse
 from .running import Trace
 from .state import Buffers, PerParameter, State, Step
@@ -38,7 +38,7 @@ class FirstOrder(TracedGradient):
         state: State,
         *,
         with_buffers: bool = False,
-        known: Evaluation | None = None,
+        known: LossAndGradient | None = None,
     ) -> None:
         self._stage, self._step, self._state = stage, step, state
         if known is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..tune.hypergradient import Hypergradient
 from ..tune.hyperparameter_set import HyperparameterSet
 from ..tune.tuned import TunedSetting, TunedTensor, write_setting
-from .gradient import Evaluation, GradientStage
+from .gradient import LossAndGradient, GradientStage
 from .reverse import Reverse
 from .second_order import Way
 from .state import State, Step
@@ -35,7 +35,7 @@ class Transition:
         """The tuned tensors that the training loss reads."""
         return self.update.hyperparameters.tensors
 
-    def take(self, step: Step, state: State, *, keep: bool = False) -> tuple[Step, State, Evaluation]:
+    def take(self, step: Step, state: State, *, keep: bool = False) -> tuple[Step, State, LossAndGradient]:
         """Takes ``step`` from the current state: the step with what came out of it, the state after it, and
         the gradient before any transformation, good for nothing unless it is to be kept."""
         found = self.gradient.plain(step)
@@ -49,7 +49,7 @@ class Transition:
         after = self.update.apply(state, self.gradient.transform(found), step)
         return replace(after, buffers=self.gradient.live.model.buffers())
 
-    def linearize(self, step: Step, state: State, way: Way, known: Evaluation | None = None) -> Linearization:
+    def linearize(self, step: Step, state: State, way: Way, known: LossAndGradient | None = None) -> Linearization:
         """The derivative of a recorded step at the state before it.
 
         Args:
@@ -140,7 +140,7 @@ class Linearization:
         return push
 
 
-def taken(step: Step, found: Evaluation | TracedGradient) -> Step:
+def taken(step: Step, found: LossAndGradient | TracedGradient) -> Step:
     """The step with what came out of it."""
     assert found.loss is not None
     return replace(
