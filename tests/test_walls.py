@@ -26,7 +26,7 @@ ORDER = (
     ("methods",),
     ("safety",),
     ("hyper_optimizer",),
-    ("testing",),
+    ("bilevel", "testing"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
@@ -34,7 +34,13 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 INNER_ORDER = {
     "ground": (("vectors",), ("buckets", "autodiff")),
     "device": (("capture", "host_memory", "offload", "readings"),),
-    "tune": (("granularity",), ("hyperparameter",), ("tuned",), ("hyperparameter_set",), ("hypergradient",)),
+    "tune": (
+        ("adaptive_step", "granularity", "scale"),
+        ("hyperparameter",),
+        ("tuned",),
+        ("hyperparameter_set",),
+        ("hypergradient",),
+    ),
     "step": (
         ("batch", "buffer_calls", "user_functions"),
         ("buffer_rules", "state"),
@@ -47,9 +53,11 @@ INNER_ORDER = {
         ("gauss_newton", "second_order"),
         ("transition", "validation"),
         ("problem",),
+        ("inner_problem",),
     ),
     "history": (("base", "generators", "packing"), ("snapshots",), ("graphs",)),
     "safety": (("checkpoint", "checks", "trust", "watch"), ("hyper_step",)),
+    "bilevel": (("cross_validation", "fit", "tolerances"), ("minimize",)),
 }
 
 # The same inside the user's layer. A report reads the files of runs, and knows nothing of what wrote them.

@@ -8,19 +8,22 @@ from .errors import (
     SolverError,
     TrajectoryError,
 )
-from .hyper_optimizer import HyperOptimizer, HyperReport
+from .hyper_optimizer import Evaluation, HyperOptimizer, HyperReport
 from .methods import ForwardMode, Implicit, Method, Unrolled
 from .solvers import CG, Cholesky, Identity, Neumann, Nystrom, SolveInfo, Solver
 from .step.buffer_rules import BufferRule, register_buffers
-from .tune.hyperparameter import Hyperparameter
+from .tune.adaptive_step import AdaptiveStep
+from .tune.hyperparameter import Hyperparameter, TensorHyperparameter
 from .updates import UpdateRule, register_update
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CG",
+    "AdaptiveStep",
     "BufferRule",
     "Cholesky",
+    "Evaluation",
     "ForwardMode",
     "HyperOptimizer",
     "HyperReport",
@@ -36,6 +39,7 @@ __all__ = [
     "SolveInfo",
     "Solver",
     "SolverError",
+    "TensorHyperparameter",
     "TrajectoryError",
     "Unrolled",
     "UpdateRule",

@@ -14,12 +14,13 @@ from .device.readings import Reading
 from .errors import TrajectoryError
 from .history.packing import pack_state, unpack_state
 from .methods import Method
-from .safety.checkpoint import check_checkpoint, fingerprint
+from .safety.checkpoint import pack_run, unpack_run
 from .safety.checks import (
     check_hyper_optimizer,
     check_memory,
     check_not_compiled,
     check_one_process,
+    check_rtol,
     check_tuned_tensors,
     check_types,
     parameter_names,
@@ -27,13 +28,15 @@ from .safety.checks import (
 )
 from .safety.hyper_step import (
     AskedValidation,
+    Evaluation,
     HyperReport,
     asked_statistics,
-    check_losses,
+    check_recorded,
     finite_norm,
     move_values,
+    num_clipped,
     put_back_on_error,
-    report_of,
+    read_statistics,
 )
 from .safety.watch import Watch
 from .step.live_model import LiveModel
@@ -179,11 +182,22 @@ class HyperOptimizer:
         assert step.loss is not None
         return step.loss
 
+    def record(self, batch: Any) -> None:
+        """Notes a training batch without moving the weights, for whoever trains by other means: with
+        :class:`Implicit` the hypergradient then takes the current weights for the optimum on it.
+
+        Raises:
+            TypeError: with another method, which differentiates steps that were taken.
+        """
+        with self._problem.live.model.autocast_for_losses():
+            self._window.note(self._problem.live.begin(self._number, batch, None))
+        self._buffers = self._buffers or self._problem.live.model.buffers()
+
     def restart(self) -> None:
         """Puts parameters, buffers and the optimizer's state back to where this HyperOptimizer began, and
         begins a new episode. Hyperparameters stay; recorded steps are dropped."""
         self._problem.live.reset(self._origin)
-        self._begin_window()
+        self.begin_window()
         self._number = 0
 
     # ---- hyperparameters ----------------------------------------------------------------------------------
@@ -222,33 +236,33 @@ class HyperOptimizer:
         sizes: Sequence[float] | None = None,
     ) -> Tensor:
         """The validation loss at the current weights, a scalar without graph. Changes nothing, buffers and
-        random number generators included. The arguments are those of :meth:`hypergradient`."""
-        asked = self._asked(val_batch, batches, sizes)
+        random number generators included. The arguments are those of :meth:`evaluate`."""
+        asked = self._asked(val_batch, batches, sizes, None)
         live, readings = self._problem.live, self._problem.readings
         with live.model.autocast_for_losses(), readings.before_errors(), live.preserved():
             loss = asked().loss
             readings.read()
         return loss
 
-    def hypergradient(
+    def evaluate(
         self,
         val_batch: Any = NOT_GIVEN,
         *,
         batches: Iterable[Any] | None = None,
         sizes: Sequence[float] | None = None,
-    ) -> dict[str, Tensor]:
-        """The derivative of the validation loss with respect to the values, also of those on a log scale.
+        rtol: float | None = None,
+    ) -> Evaluation:
+        """The validation loss, its derivative with respect to the values (also of those on a log scale), and
+        what is known of how good that is.
 
-        Changes nothing, and the recording goes on.
+        Changes nothing, and the recording goes on. A solver with a warm start begins its next solve here.
 
         Args:
             val_batch: what ``val_loss`` is called with.
             batches: in its place, several such batches (a list, a loader), over which loss and gradients are
                 averaged before one solve or sweep.
             sizes: the weight of each of these in the mean, such as its number of examples; None for one each.
-
-        Returns:
-            The derivative, with the names and shapes of :meth:`values`.
+            rtol: the tolerance of this solve, in the place of the solver's own.
 
         Raises:
             TrajectoryError: if nothing is recorded, a recorded batch or the parameters were changed, or a
@@ -256,12 +270,25 @@ class HyperOptimizer:
             NonFiniteError: if a loss or the result is not finite.
             SolverError: if the solver failed.
             NotTwiceDifferentiableError: if the training loss has no second derivative.
-            TypeError, ValueError: for both or neither of ``val_batch`` and ``batches``, none in these, or
-                other ``sizes``.
+            TypeError, ValueError: for both or neither of ``val_batch`` and ``batches``, none in these, other
+                ``sizes``, or an ``rtol`` where no solver has one.
         """
-        gradients = self._hypergradient(self._asked(val_batch, batches, sizes))[0]
+        asked = self._asked(val_batch, batches, sizes, rtol)
+        gradients, _, statistics = self._hypergradient(asked)
         self._problem.readings.read()
-        return self._hyperparameters.named(gradients)
+        found = read_statistics(statistics, self._problem.live.params)
+        return Evaluation(asked.value(), self._hyperparameters.named(gradients), **found)
+
+    def hypergradient(
+        self,
+        val_batch: Any = NOT_GIVEN,
+        *,
+        batches: Iterable[Any] | None = None,
+        sizes: Sequence[float] | None = None,
+        rtol: float | None = None,
+    ) -> dict[str, Tensor]:
+        """The derivative that :meth:`evaluate` gives, with the names and shapes of :meth:`values`."""
+        return self.evaluate(val_batch, batches=batches, sizes=sizes, rtol=rtol).hypergradient
 
     def hyper_step(
         self,
@@ -269,29 +296,45 @@ class HyperOptimizer:
         *,
         batches: Iterable[Any] | None = None,
         sizes: Sequence[float] | None = None,
+        rtol: float | None = None,
     ) -> HyperReport:
         """The hypergradient, then one step of the hyper optimizer on the values, then projection onto bounds.
 
         The recording ends: training goes on from the current weights, and the next window begins there. The
-        arguments are those of :meth:`hypergradient`.
+        arguments are those of :meth:`evaluate`.
 
         Raises:
-            HypergradientError: as :meth:`hypergradient`; then nothing has changed.
+            HypergradientError: as :meth:`evaluate`; then nothing has changed.
         """
-        asked, readings = self._asked(val_batch, batches, sizes), self._problem.readings
+        asked, readings = self._asked(val_batch, batches, sizes, rtol), self._problem.readings
         gradients, norm, statistics = self._hypergradient(asked)
         with put_back_on_error(self._problem, self.hyper_optimizer, self._watch):
             constants = self._problem.transition.gradient.running.constants(self._buffers or ())
-            clipped = move_values(self._hyperparameters, self.hyper_optimizer, gradients, readings)
+            clipped = move_values(
+                self._hyperparameters, self.hyper_optimizer, gradients, asked.value, readings
+            )
             readings.read()  # the one time that a hyper step waits for the device
-        self._begin_window()
-        params = self._problem.live.params
-        return report_of(asked.value(), norm.value, statistics, clipped, constants.value, params)
+        self.begin_window()
+        found = read_statistics(statistics, self._problem.live.params)
+        counts = num_clipped(clipped)
+        return HyperReport(asked.value(), norm.value, **found, constants=constants.value, clipped=counts)
+
+    def begin_window(self) -> None:
+        """Begins a new window at the current weights, as a hyper step does: recorded steps are dropped. For
+        whoever moves the values by other means, or goes on after an error."""
+        self._window.clear()
+        self._watch.reset()
+        self._buffers = None
 
     def _asked(
-        self, val_batch: Any, batches: Iterable[Any] | None, sizes: Sequence[float] | None
+        self,
+        val_batch: Any,
+        batches: Iterable[Any] | None,
+        sizes: Sequence[float] | None,
+        rtol: float | None,
     ) -> AskedValidation:
-        return AskedValidation(self._problem, validation_batches(val_batch, NOT_GIVEN, batches, sizes))
+        check_rtol(rtol, self._method)
+        return AskedValidation(self._problem, validation_batches(val_batch, NOT_GIVEN, batches, sizes), rtol)
 
     def _hypergradient(
         self, validate: AskedValidation
@@ -300,7 +343,9 @@ class HyperOptimizer:
         live, readings = self._problem.live, self._problem.readings
         self._watch.check(self._number)
         with readings.before_errors():
-            self._check_recorded()
+            steps = list(self._window.steps())
+            check_recorded(steps, readings)
+            self._watch.check_values(steps, self._number, readings)
             with live.model.autocast_for_losses(), live.preserved():
                 total, statistics = self._window.hypergradient(validate)
                 gradients = total.result()
@@ -308,24 +353,6 @@ class HyperOptimizer:
             squares = [g.detach().double().square().sum() for g in gradients]
             norm = readings.ask(squares, partial(finite_norm, self._hyperparameters, gradients))
         return gradients, norm, found
-
-    # ---- checks -------------------------------------------------------------------------------------------
-
-    def _check_recorded(self) -> None:
-        readings, steps = self._problem.readings, list(self._window.steps())
-        if not steps:
-            raise TrajectoryError(
-                "There are no training steps to differentiate: none was taken since this HyperOptimizer was "
-                "made, restarted or took its last hyper step. Call step(batch) first."
-            )
-        losses = [step.loss for step in steps if step.loss is not None]
-        readings.ask(losses, partial(check_losses, steps))
-        self._watch.check_values(steps, self._number, readings)
-
-    def _begin_window(self) -> None:
-        self._window.clear()
-        self._watch.reset()
-        self._buffers = None
 
     def __getstate__(self) -> Any:
         raise TypeError(
@@ -344,20 +371,8 @@ class HyperOptimizer:
         Plain containers of tensors, which ``torch.load(..., weights_only=True)`` takes, if the batches are
         such.
         """
-        return {
-            "fingerprint": self._fingerprint(),
-            "model": self.model.state_dict(),
-            "modules": [module.state_dict() for module in self._hyperparameters.modules],
-            "optimizer": self.optimizer.state_dict(),
-            "hyperparameters": [tuned.leaf.detach().clone() for tuned in self._hyperparameters.all],
-            "bases": [setting.base for setting in self._hyperparameters.settings],
-            "hyper_optimizer": self.hyper_optimizer.state_dict(),
-            "window": self._window.state_dict(),
-            "origin": pack_state(self._origin),
-            "state": pack_state(self._problem.live.state()),  # buffers that are not persistent, and dtypes
-            "number": self._number,
-            "rng": list(self._problem.live.model.rng()),
-        }
+        run = pack_run(self._problem, self._method, self._window, self.hyper_optimizer)
+        return {**run, "origin": pack_state(self._origin), "number": self._number}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a run saved by :meth:`state_dict`: what follows is bitwise what would have followed
@@ -370,27 +385,12 @@ class HyperOptimizer:
             ValueError: if it was saved with another model, optimizer, method or other hyperparameters;
                 nothing has changed then.
         """
-        live, hyperparameters = self._problem.live, self._hyperparameters
-        check_checkpoint(state_dict, self._fingerprint(), hyperparameters)
-        self.model.load_state_dict(state_dict["model"])
-        for module, saved in zip(hyperparameters.modules, state_dict["modules"]):
-            module.load_state_dict(saved)
-        self.optimizer.load_state_dict(state_dict["optimizer"])
-        live.reset(unpack_state(state_dict["state"], live.optimizer)[0])
-        for setting, base in zip(hyperparameters.settings, state_dict["bases"]):
-            setting.base = base
-        for tuned, leaf in zip(hyperparameters.all, state_dict["hyperparameters"]):
-            tuned.set_leaf(leaf)
-        self.hyper_optimizer.load_state_dict(state_dict["hyper_optimizer"])
+        unpack_run(state_dict, self._problem, self._method, self.hyper_optimizer)
+        live = self._problem.live
         self._origin, _ = unpack_state(state_dict["origin"], live.optimizer)
-        self._begin_window()
+        self.begin_window()
         self._window.load_state_dict(state_dict["window"])
         self._number = state_dict["number"]
         live.model.set_rng(state_dict["rng"])
         if self._window.checks_parameters and any(True for _ in self._window.steps()):
             self._watch.step_written(live.state())
-
-    def _fingerprint(self) -> dict[str, Any]:
-        return fingerprint(
-            self.model, self.optimizer, self._method, self._hyperparameters, self.hyper_optimizer
-        )

@@ -99,7 +99,8 @@ def _width(hyper: HyperOptimizer, name: str, index: int) -> float:
     past which beta2 = 0.999 has no meaning."""
     value = hyper.values()[name].reshape(-1)[index].item()
     width = 0.02 * (abs(value) if value != 0 else 0.1)
-    highs = [tuned.high for tuned in hyper._hyperparameters.settings if name in tuned.named(tuned.values())]
+    tuned_here = [t for t in hyper._hyperparameters.all if name in t.named(t.values())]
+    highs = [tuned.scale.high for tuned in tuned_here]
     above = min(highs, default=math.inf) - value
     return min(width, above / 2) if above > 0 else width
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 from torch import Tensor
 
@@ -19,6 +19,10 @@ from ..updates import UpdateRule
 
 class Validate(Protocol):
     """The user's validation batches, as a method may ask for them."""
+
+    @property
+    def rtol(self) -> float | None:
+        """The tolerance asked for, of a method that solves; None for the solver's own."""
 
     def __call__(self, state: State | None = None) -> Validation:
         """The validation loss and its gradients at a state; None for the current one."""
@@ -59,6 +63,14 @@ class Window(ABC):
         takes the step."""
 
     @abstractmethod
+    def note(self, step: Step) -> None:
+        """Notes the batch of a step that is not taken.
+
+        Raises:
+            TypeError: of a method that differentiates the steps themselves.
+        """
+
+    @abstractmethod
     def steps(self) -> Iterable[Step]:
         """The recorded steps that the hypergradient depends on."""
 
@@ -77,6 +89,14 @@ class Window(ABC):
     @abstractmethod
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave."""
+
+
+def refuse_note(method: str) -> NoReturn:
+    """Says that there is nothing to differentiate in a step that was not taken."""
+    raise TypeError(
+        f"{method} differentiates the training steps themselves, so a batch cannot be recorded without one. "
+        "Call step(batch), or take method=Implicit(...), which needs the batch alone."
+    )
 
 
 class Method(ABC):

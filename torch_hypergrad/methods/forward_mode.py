@@ -17,7 +17,7 @@ from ..step.transition import Linearization, taken
 from ..tune.hypergradient import Hypergradient
 from ..tune.hyperparameter_set import HyperparameterSet
 from ..updates import UpdateRule
-from .base import Method, Statistics, Validate, Window
+from .base import Method, Statistics, Validate, Window, refuse_note
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,9 @@ class ForwardWindow(Window):
         self._steps: list[Step] = []
         sizes = [tuned.leaf.numel() for tuned in self._all]
         self._directions = [Direction(j, entry) for j, size in enumerate(sizes) for entry in range(size)]
+
+    def note(self, step: Step) -> None:
+        refuse_note("ForwardMode")
 
     def steps(self) -> Iterable[Step]:
         return self._steps

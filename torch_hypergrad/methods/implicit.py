@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..device.capture import Captured
@@ -47,6 +48,22 @@ class Answer(NamedTuple):
     numbers: dict[str, Tensor]
     product_error: Tensor | None
     doubts: list[Tensor]
+
+
+class System(NamedTuple):
+    """What is to be solved.
+
+    Args:
+        b: the right-hand side.
+        diagonal: that of the preconditioner; None for none.
+        x0: where to start; None for 0.
+        rtol: the tolerance of this solve; None for the solver's own.
+    """
+
+    b: Tensor
+    diagonal: Tensor | None
+    x0: Tensor | None
+    rtol: float | None
 
 
 @dataclass(frozen=True)
@@ -166,6 +183,7 @@ class ImplicitWindow(Window):
         self.reads_states = not optimizer_can_step(problem.hyperparameters)
         self._ways = ways(self._gradient, method.second_order)
         self._replayed: Captured | None = None
+        self._solution: Tensor | None = None  # of the last solve, to start the next one from
         elementwise = problem.transition.update.rule.elementwise
         if method.second_order == "reverse" and elementwise and not method.solver.waits:
             self._replayed = self._gradient.captured(
@@ -181,6 +199,9 @@ class ImplicitWindow(Window):
         self._steps.append(step)
         return step, after
 
+    def note(self, step: Step) -> None:
+        self._steps.append(replace(step, given=None))
+
     def steps(self) -> Iterable[Step]:
         return self._steps
 
@@ -188,9 +209,10 @@ class ImplicitWindow(Window):
         self._steps.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": [pack_step(step) for step in self._steps]}
+        return {"steps": [pack_step(step) for step in self._steps], "solution": self._solution}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self._solution = saved["solution"]
         self._steps.clear()
         self._steps.extend(unpack_step(step) for step in saved["steps"])
 
@@ -213,16 +235,28 @@ class ImplicitWindow(Window):
             condition = OptimumCondition(problem.transition.update, steps[-1], state, grads)
             b = condition.space.joined(validation.grads)
             diagonal = None if self._method.preconditioner is None else condition.preconditioner()
-            found = answer(condition.space, condition.derivatives(), b, diagonal)
+            system = System(b, diagonal, self._start(b), validate.rtol)
+            found = answer(condition.space, condition.derivatives(), system)
         for doubts in found.doubts:
             problem.readings.ask([doubts], GaussNewton.judge)
         names = list(found.numbers)
         if names:
             numbers = [found.numbers[name] for name in names]
             problem.readings.ask(numbers, lambda read: self._method.solver.check(dict(zip(names, read))))
+        self._solution = found.q.clone() if self._method.solver.warm_start else None
         condition.pull_tuned(-found.q, total)
         total.add_tensors([None if part is None else -part for part in found.mixed])
         return total, Statistics(found.num_matvecs, found.residual, found.product_error)
+
+    def _start(self, b: Tensor) -> Tensor | None:
+        """Where the solve is to begin: the last solution, if there is one of these parameters. One that is
+        recorded takes 0 for none, so that it is the same each time."""
+        if not self._method.solver.warm_start:
+            return None
+        last = self._solution
+        if last is not None and last.shape == b.shape and last.dtype == b.dtype:
+            return last.to(b.device)
+        return None if self._replayed is None else torch.zeros_like(b)
 
     def _mean(self, steps: Sequence[Step], state: State) -> MeanGradient:
         """The mean gradient on the recorded batches, each with buffers of its own, which its graph may
@@ -264,23 +298,23 @@ class ImplicitWindow(Window):
         kind = GaussNewton if self._method.curvature == "gauss_newton" else Reverse
         return self._answer(MeanGradient([kind(self._gradient, None, None, batch=batch)]), *others)
 
-    def _answer(
-        self, mean: MeanGradient, space: Space, derivatives: Derivatives, b: Tensor, diagonal: Tensor | None
-    ) -> Answer:
-        """Numbers of the update rule are in ``derivatives`` and ``diagonal``, as tensors, so that none is
-        kept by a recording."""
-        q, info = self._solve(lambda v: product(space, derivatives, v, mean.product), b, diagonal)
+    def _answer(self, mean: MeanGradient, space: Space, derivatives: Derivatives, system: System) -> Answer:
+        """Numbers of the update rule are in ``derivatives`` and ``system``, as tensors, so that none is kept
+        by a recording."""
+        q, info = self._solve(lambda v: product(space, derivatives, v, mean.product), system)
         mixed = mean.mixed(space.per_parameter(derivatives(q)[1]))
         return Answer(
             q, mixed, info.num_matvecs, info.residual, dict(info.numbers), mean.error, mean.doubts()
         )
 
-    def _solve(self, matvec: Matvec, b: Tensor, diagonal: Tensor | None) -> tuple[Tensor, SolveInfo]:
-        solver = self._method.solver
+    def _solve(self, matvec: Matvec, system: System) -> tuple[Tensor, SolveInfo]:
+        solver, (b, diagonal, x0, rtol) = self._method.solver, system
+        given: dict[str, Any] = {} if rtol is None else {"rtol": rtol}
         if diagonal is None:
-            return solver.solve(matvec, b)
+            return solver.solve(matvec, b, **given if x0 is None else given | {"x0": x0})
         scale = diagonal.rsqrt()
-        y, info = solver.solve(lambda v: matvec(v * scale).mul_(scale), b * scale)
+        given |= {} if x0 is None else {"x0": x0 / scale}
+        y, info = solver.solve(lambda v: matvec(v * scale).mul_(scale), b * scale, **given)
         q = y.mul_(scale)
         if info.residual is None:
             return q, info

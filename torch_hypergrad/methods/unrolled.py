@@ -19,7 +19,7 @@ from ..step.state import State, Step
 from ..tune.hypergradient import Hypergradient
 from ..tune.hyperparameter_set import HyperparameterSet
 from ..updates import UpdateRule
-from .base import Method, Statistics, Validate, Window
+from .base import Method, Statistics, Validate, Window, refuse_note
 
 DEFAULT_MEMORY = 0.1
 """The part of all memory that graphs may take, where nothing else is asked for."""
@@ -123,6 +123,9 @@ class UnrolledWindow(Window):
     def take(self, step: Step, state: State | None) -> tuple[Step, State]:
         assert state is not None
         return self._history.take(step, state)
+
+    def note(self, step: Step) -> None:
+        refuse_note("Unrolled")
 
     def steps(self) -> Iterable[Step]:
         return self._history.steps()

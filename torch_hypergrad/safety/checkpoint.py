@@ -1,4 +1,5 @@
-"""What a checkpoint says of the run that it belongs to, and whether it fits another."""
+"""A run as plain containers, what a checkpoint says of the run that it belongs to, and whether it fits
+another."""
 
 from __future__ import annotations
 
@@ -6,10 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from ..methods import Method
+from ..history.packing import pack_state, unpack_state
+from ..methods import Method, Window
+from ..step.problem import Problem
 from ..tune.hyperparameter_set import HyperparameterSet
 
 PARTS = (
@@ -28,17 +31,51 @@ PARTS = (
 )
 
 
-def fingerprint(
-    model: nn.Module,
-    optimizer: Optimizer,
-    method: Method,
-    hyperparameters: HyperparameterSet,
-    hyper_optimizer: Optimizer,
-) -> dict[str, Any]:
+def pack_run(problem: Problem, method: Method, window: Window, hyper_optimizer: Optimizer) -> dict[str, Any]:
+    """Everything but where the run began and how many steps it took."""
+    live, hyperparameters = problem.live, problem.hyperparameters
+    return {
+        "fingerprint": _fingerprint(problem, method, hyper_optimizer),
+        "model": live.model.model.state_dict(),
+        "modules": [module.state_dict() for module in hyperparameters.modules],
+        "optimizer": live.optimizer.optimizer.state_dict(),
+        "hyperparameters": [tuned.leaf.detach().clone() for tuned in hyperparameters.all],
+        "bases": [setting.base for setting in hyperparameters.settings],
+        "hyper_optimizer": hyper_optimizer.state_dict(),
+        "window": window.state_dict(),
+        "state": pack_state(live.state()),  # buffers that are not persistent, and dtypes
+        "rng": list(live.model.rng()),
+    }
+
+
+def unpack_run(saved: Any, problem: Problem, method: Method, hyper_optimizer: Optimizer) -> None:
+    """Takes over a saved run, but for its window, its start and the random number generators.
+
+    Raises:
+        TypeError: if ``saved`` is no dict.
+        ValueError: if it was saved with something else; nothing has changed then.
+    """
+    live, hyperparameters = problem.live, problem.hyperparameters
+    _check(saved, _fingerprint(problem, method, hyper_optimizer), hyperparameters)
+    live.model.model.load_state_dict(saved["model"])
+    for module, state in zip(hyperparameters.modules, saved["modules"]):
+        module.load_state_dict(state)
+    live.optimizer.optimizer.load_state_dict(saved["optimizer"])
+    live.reset(unpack_state(saved["state"], live.optimizer)[0])
+    for setting, base in zip(hyperparameters.settings, saved["bases"]):
+        setting.base = base
+    for tuned, leaf in zip(hyperparameters.all, saved["hyperparameters"]):
+        tuned.set_leaf(leaf)
+    hyper_optimizer.load_state_dict(saved["hyper_optimizer"])
+
+
+def _fingerprint(problem: Problem, method: Method, hyper_optimizer: Optimizer) -> dict[str, Any]:
     """What must be the same where a checkpoint is loaded, as plain containers."""
+    model, optimizer = problem.live.model.model, problem.live.optimizer.optimizer
+    hyperparameters = problem.hyperparameters
     names = {id(p): name for name, p in model.named_parameters()}
     shapes = {name: list(value.shape) for name, value in hyperparameters.values().items()}
-    logs = [setting.label for setting in hyperparameters.settings if setting.spec.log]
+    logs = [tuned.label for tuned in hyperparameters.all if tuned.scale.log]
     return {
         "optimizer": type(optimizer).__name__,
         "method": re.sub(r" object at 0x\w+", "", repr(method)),
@@ -52,14 +89,9 @@ def fingerprint(
     }
 
 
-def check_checkpoint(saved: Any, own: Mapping[str, Any], hyperparameters: HyperparameterSet) -> None:
-    """Refuses what is no checkpoint, or one that does not fit.
-
-    Raises:
-        TypeError: if ``saved`` is no dict.
-        ValueError: if a part is missing or differs, with the first difference; or if values are out of bounds
-            here.
-    """
+def _check(saved: Any, own: Mapping[str, Any], hyperparameters: HyperparameterSet) -> None:
+    """Refuses what is no checkpoint, or one that does not fit: a part is missing or differs, or values are
+    out of bounds here."""
     remedy = (
         "Save with torch.save(hyper.state_dict(), path), and load what torch.load(path, weights_only=True) "
         "returns."
@@ -82,8 +114,8 @@ def check_checkpoint(saved: Any, own: Mapping[str, Any], hyperparameters: Hyperp
                 f"The checkpoint was saved with another {kind}: {_difference(theirs, ours)}. Make the "
                 "HyperOptimizer as it was made for the saved run, then load. Nothing was changed."
             )
-    for setting, leaf in zip(hyperparameters.settings, saved["hyperparameters"]):
-        setting.check_values(leaf.exp() if setting.spec.log else leaf, setting.label)
+    for tuned, leaf in zip(hyperparameters.all, saved["hyperparameters"]):
+        tuned.scale.check(tuned.label, tuned.scale.values(leaf))
 
 
 def _difference(theirs: Any, ours: Any) -> str:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..methods import Method
+from ..methods import Implicit, Method
+from ..solvers.base import check_number
 from ..step.live_model import is_compiled
 from ..step.user_functions import Loss
 from ..step.validation import Batches
@@ -166,7 +167,7 @@ def check_tuned_tensors(
     """Refuses tuned tensors that are trained too, or that validation would see."""
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for tuned in hyperparameters.tensors:
-        if id(tuned.leaf) in trained:
+        if id(tuned.tensor) in trained:
             raise ValueError(
                 f"{tuned.name!r} is both tuned and trained: the optimizer holds it as a parameter. Take it "
                 "out of the one or the other."
@@ -177,6 +178,23 @@ def check_tuned_tensors(
             "not given. Validation must not see what is tuned (example weights, augmentation): pass "
             "val_loss=..., a plain loss."
         )
+
+
+def check_rtol(rtol: Any, method: Method) -> None:
+    """Refuses a tolerance that is none, or that nothing can keep to."""
+    if rtol is None:
+        return
+    if not isinstance(method, Implicit):
+        raise TypeError(
+            f"rtol={rtol!r} is the tolerance of a linear solve, and {type(method).__name__} has none. Leave "
+            "it out, or take method=Implicit(CG())."
+        )
+    if not method.solver.keeps_rtol:
+        raise TypeError(
+            f"rtol={rtol!r}: {method.solver!r} does a fixed amount of work and cannot keep to a tolerance. "
+            "Leave it out, or take CG, or Nystrom with max_steps above 0."
+        )
+    check_number(rtol, "rtol", positive=False)
 
 
 def validation_batches(given: Any, not_given: Any, batches: Any, sizes: Any) -> Batches:

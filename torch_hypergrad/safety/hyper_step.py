@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,15 +14,42 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..device.readings import Reading, Readings
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, TrajectoryError
 from ..methods import Statistics
 from ..step.problem import Problem
 from ..step.state import State, Step
 from ..step.validation import Batches, Validation
+from ..tune.adaptive_step import AdaptiveStep
 from ..tune.hyperparameter_set import HyperparameterSet
 from ..tune.tuned import TunedSetting, TunedTensor
 from .trust import warnings_of
 from .watch import Watch
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The validation loss and its derivative.
+
+    Args:
+        val_loss: the validation loss.
+        hypergradient: its derivative with respect to the values, with the names and shapes of ``values()``.
+        num_matvecs: products that the solver of an implicit method took; None for other methods.
+        residual: its relative residual, damping included; None for other methods and for :class:`Identity`.
+        product_error: estimated relative error of products with second derivatives; None where these are
+            exact.
+        adjoint_growth: how much the adjoint of the parameters grew over the sweep, at most; None for other
+            methods than :class:`Unrolled`.
+        warnings: why the hypergradient should not be trusted, in sentences; empty if nothing speaks against
+            it.
+    """
+
+    val_loss: float
+    hypergradient: dict[str, Tensor]
+    num_matvecs: int | None = None
+    residual: float | None = None
+    product_error: float | None = None
+    adjoint_growth: float | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -78,17 +105,22 @@ def move_values(
     hyperparameters: HyperparameterSet,
     hyper_optimizer: Optimizer,
     gradients: Sequence[Tensor],
+    val_loss: Callable[[], float],
     asked: Readings,
 ) -> dict[str, Reading[float]]:
     """One step of the hyper optimizer and the projection: for each hyperparameter, how many values were
-    clipped.
+    clipped. An optimizer that follows the validation loss waits for it.
 
     Raises:
         NonFiniteError: once the readings are read, if a value is not finite.
     """
     for tuned, gradient in zip(hyperparameters.all, gradients):
         tuned.set_leaf_gradient(gradient)
-    hyper_optimizer.step()
+    if isinstance(hyper_optimizer, AdaptiveStep):
+        asked.read()
+        hyper_optimizer.step(val_loss)
+    else:
+        hyper_optimizer.step()
     hyper_optimizer.zero_grad()
     clipped = {
         tuned.label: asked.ask([tuned.project()], lambda counts: counts[0]) for tuned in hyperparameters.all
@@ -96,6 +128,21 @@ def move_values(
     for tuned in hyperparameters.all:
         asked.ask([tuned.values().isfinite().all()], partial(_check_moved, tuned))
     return clipped
+
+
+def check_recorded(steps: Sequence[Step], asked: Readings) -> None:
+    """Refuses a window without steps, or with a training loss that is not finite.
+
+    Raises:
+        TrajectoryError, NonFiniteError: the latter once the readings are read.
+    """
+    if not steps:
+        raise TrajectoryError(
+            "There are no training steps to differentiate: none was taken since this HyperOptimizer was "
+            "made, restarted or took its last hyper step. Call step(batch) first."
+        )
+    losses = [step.loss for step in steps if step.loss is not None]
+    asked.ask(losses, partial(check_losses, [step for step in steps if step.loss is not None]))
 
 
 def check_losses(steps: Sequence[Step], losses: Sequence[float]) -> None:
@@ -153,27 +200,23 @@ def asked_statistics(statistics: Statistics, readings: Readings) -> dict[str, An
     }
 
 
-def report_of(
-    val_loss: float,
-    norm: float,
-    asked: dict[str, Any],
-    clipped: dict[str, Reading[float]],
-    constants: list[str],
-    params: Sequence[Tensor],
-) -> HyperReport:
-    """The report of a hyper step, now that everything has been read."""
+def read_statistics(asked: dict[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
+    """A method's statistics as numbers, now that they have been read, and the warnings that follow."""
     found = Statistics(**{name: n.value if isinstance(n, Reading) else n for name, n in asked.items()})
-    counts = {label: int(count.value) for label, count in clipped.items() if count.value}
-    warnings = warnings_of(found, params)
-    return HyperReport(val_loss, norm, **vars(found), constants=constants, clipped=counts, warnings=warnings)
+    return {**vars(found), "warnings": warnings_of(found, params)}
+
+
+def num_clipped(clipped: dict[str, Reading[float]]) -> dict[str, int]:
+    """How many values of each hyperparameter were clipped, where any were."""
+    return {label: int(count.value) for label, count in clipped.items() if count.value}
 
 
 class AskedValidation:
     """The validation loss, as a method asks for it: the loss at the current state must be finite, and is
     reported."""
 
-    def __init__(self, problem: Problem, batches: Batches) -> None:
-        self._problem, self._batches = problem, batches
+    def __init__(self, problem: Problem, batches: Batches, rtol: float | None) -> None:
+        self._problem, self._batches, self.rtol = problem, batches, rtol
         self._loss: Reading[float] | None = None
 
     def __call__(self, state: State | None = None) -> Validation:

@@ -47,7 +47,7 @@ class Watch:
         if changed is not None:
             raise TrajectoryError(tampering(changed, number))
         for tuned, version in zip(self._hyperparameters.all, self._versions):
-            if tuned.leaf._version != version:
+            if tuned.held._version != version:
                 raise TrajectoryError(tampering(f"the hyperparameter {tuned.label!r}", number))
 
     def compare(self, state: State, number: int) -> Tensor | None:

@@ -37,6 +37,15 @@ class SolveInfo:
 class Solver(ABC):
     """Solves ``(A + damping I) x = b`` on flat vectors. Instances are immutable options and may be shared."""
 
+    warm_start: bool = False
+    """Whether to start from the solution of the hyper step before, which the caller keeps: a dataclass field
+    of those that have a use for it."""
+
+    @property
+    def keeps_rtol(self) -> bool:
+        """Whether a tolerance given to :meth:`solve` is kept to, as far as it can be."""
+        return False
+
     waits: ClassVar[bool] = True
     """Whether :meth:`solve` waits for the device. One that does not, and draws no random numbers from
     generators of its own, can be recorded as a whole."""
@@ -51,7 +60,8 @@ class Solver(ABC):
             matvec: ``v -> A v`` for vectors of shape ``(n,)``; a new vector each time, which may be written
                 to.
             b: the right-hand side, of shape ``(n,)``.
-            x0: where to start, of shape ``(n,)``; None for 0. What is exact has no use for it.
+            x0: where to start, of shape ``(n,)``, if it is closer than 0; None for 0. What is exact has no
+                use for it.
             rtol: a relative tolerance in place of the solver's own, where it has one.
 
         Raises:
@@ -74,6 +84,12 @@ def check_positive_int(value: object, name: str) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
+def check_bool(value: object, name: str) -> None:
+    """Refuses anything but True and False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
 def check_number(value: object, name: str, *, positive: bool) -> None:
     """Refuses anything but a finite number that is positive, or at least 0."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -89,9 +105,14 @@ def damped(matvec: Matvec, damping: float) -> Matvec:
     return lambda v: matvec(v).add_(v, alpha=damping)
 
 
-def remainder(matvec: Matvec, b: Tensor, x0: Tensor | None) -> Tensor:
-    """``b - A x0`` as a new vector."""
-    return b.clone() if x0 is None else b - matvec(x0)
+def begin(matvec: Matvec, b: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where to start, and what is left of ``b`` there, ``r = b - A x``, as new vectors: ``x0`` at the price
+    of one product where that leaves less than 0 does, else 0. Nothing waits for the device."""
+    if x0 is None:
+        return torch.zeros_like(b), b.clone()
+    r = b - matvec(x0)
+    is_closer = r.norm() < b.norm()
+    return torch.where(is_closer, x0, torch.zeros_like(x0)), torch.where(is_closer, r, b)
 
 
 def conjugate_gradients(
@@ -106,7 +127,7 @@ def conjugate_gradients(
     """Conjugate gradients, with a symmetric positive definite approximation of the inverse or without.
 
     Returns:
-        The solution, the number of steps, and the norm of the residual over that of ``b``.
+        The solution, the number of products, and the norm of the residual over that of ``b``.
 
     Raises:
         IndefiniteError: for a direction without positive curvature.
@@ -114,7 +135,7 @@ def conjugate_gradients(
     Source: Hestenes and Stiefel 1952; Saad 2003, algorithm 9.1.
     """
     norm = check_finite(b)
-    x, r = torch.zeros_like(b) if x0 is None else x0.clone(), remainder(matvec, b, x0)
+    x, r = begin(matvec, b, x0)
     z = r if precondition is None else precondition(r)
     p = z.clone()
     rz, residual, steps = float(r @ z), norm if x0 is None else float(r.norm()), 0
@@ -130,7 +151,7 @@ def conjugate_gradients(
         old, rz = rz, float(r @ z)
         p.mul_(rz / old).add_(z)
         residual = math.sqrt(rz) if precondition is None else float(r.norm())
-    return x, steps, residual / norm if norm > 0 else 0.0
+    return x, steps + (x0 is not None), residual / norm if norm > 0 else 0.0
 
 
 class IndefiniteError(Exception):

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from ..errors import SolverError
-from .base import Matvec, SolveInfo, Solver, check_finite, check_number, damped
+from .base import (
+    Matvec,
+    SolveInfo,
+    Solver,
+    check_finite,
+    check_number,
+    check_positive_int,
+    damped,
+)
 
 
 @dataclass(frozen=True)
@@ -18,41 +26,79 @@ class Cholesky(Solver):
 
     Args:
         damping: solve with ``A + damping I`` instead.
+        blocks: A consists of so many blocks of one size on its diagonal, and nothing beside them, as where
+            the training losses of several small models, stacked in one parameter of shape ``(blocks,
+            ...)``, are summed. Then ``n / blocks`` products are enough, one for the same column of all.
 
-    Cost: n products, ``n^2`` memory and ``n^3 / 3`` operations for n parameters.
+    Cost: ``m = n / blocks`` products and, with blocks, one more to check that they are apart; ``n m`` memory
+    and ``n m^2 / 3`` operations for n parameters.
 
     Raises:
-        TypeError, ValueError: for a damping out of range.
-        SolverError: when solving, if A is not positive definite.
+        TypeError, ValueError: for numbers out of range.
+        SolverError: when solving, if A is not positive definite, n is not a multiple of ``blocks``, or the
+            blocks depend on each other.
 
     Source: Bengio 2000.
     """
 
     damping: float = 0.0
+    blocks: int = 1
 
     def __post_init__(self) -> None:
         check_number(self.damping, "Cholesky: damping", positive=False)
+        check_positive_int(self.blocks, "Cholesky: blocks")
+
+    @property
+    def keeps_rtol(self) -> bool:
+        return True
 
     def solve(
         self, matvec: Matvec, b: Tensor, *, x0: Tensor | None = None, rtol: float | None = None
     ) -> tuple[Tensor, SolveInfo]:
-        norm = check_finite(b)
-        matvec = damped(matvec, self.damping)
-        identity = torch.eye(len(b), dtype=b.dtype, device=b.device)
-        matrix = torch.stack([matvec(row) for row in identity])
-        factor, failed = torch.linalg.cholesky_ex((matrix + matrix.T) / 2)
-        if failed.item():
-            smallest = (
-                torch.linalg.eigvalsh((matrix + matrix.T) / 2)[0].item()
-                if matrix.isfinite().all()
-                else float("nan")
-            )
+        norm, matvec = check_finite(b), damped(matvec, self.damping)
+        matrices = self._matrices(matvec, b)
+        symmetric = (matrices + matrices.mT) / 2
+        factors, failed = torch.linalg.cholesky_ex(symmetric)
+        if bool(failed.any()):
+            raise self._indefinite(symmetric)
+        x = torch.cholesky_solve(b.view(self.blocks, -1, 1), factors)
+        rest = b - ((matrices @ x).flatten() if self.blocks == 1 else matvec(x.flatten()))
+        residual = float(rest.norm())
+        if self.blocks > 1:
+            self._check_apart(residual, norm, float(matrices.norm() * x.norm()), b)
+        num_matvecs = matrices.shape[-1] + (self.blocks > 1)
+        return x.flatten(), SolveInfo(num_matvecs, residual / norm if norm > 0 else 0.0, self.damping)
+
+    def _matrices(self, matvec: Matvec, b: Tensor) -> Tensor:
+        """The blocks, of shape ``(blocks, m, m)``; a product gives a row of each, as A is symmetric."""
+        size, rest = divmod(len(b), self.blocks)
+        if rest:
             raise SolverError(
-                f"Cholesky: the {len(b)} x {len(b)} training Hessian, with decay and damping, is not "
-                f"positive definite: its smallest eigenvalue is {smallest:.3g}. Training is not at a "
-                "minimum, or the minimum is not unique: train longer, add weight decay, or pass "
-                f"Cholesky(damping=...) above {self.damping + max(-smallest, 0):.3g}."
+                f"Cholesky(blocks={self.blocks}): the {len(b)} parameters do not fall into {self.blocks} "
+                "blocks of one size. Stack the models in one parameter whose first dimension counts them."
             )
-        x = torch.cholesky_solve(b[:, None], factor)[:, 0]
-        residual = float((b - matrix @ x).norm()) / norm if norm > 0 else 0.0
-        return x, SolveInfo(len(b), residual, self.damping)
+        rows = torch.eye(size, dtype=b.dtype, device=b.device)
+        products = [matvec(row.repeat(self.blocks)).view(self.blocks, size) for row in rows]
+        return torch.stack(products, dim=1)
+
+    def _indefinite(self, matrices: Tensor) -> SolverError:
+        finite = bool(matrices.isfinite().all())
+        smallest = torch.linalg.eigvalsh(matrices).min().item() if finite else float("nan")
+        size = f"{matrices.shape[-1]} x {matrices.shape[-1]}"
+        return SolverError(
+            f"Cholesky: {'the' if self.blocks == 1 else 'a block of the'} {size} training Hessian, with "
+            f"decay and damping, is not positive definite: its smallest eigenvalue is {smallest:.3g}. "
+            "Training is not at a minimum, or the minimum is not unique: train longer, add weight decay, or "
+            f"pass Cholesky(damping=...) above {self.damping + max(-smallest, 0):.3g}."
+        )
+
+    def _check_apart(self, residual: float, norm: float, size: float, b: Tensor) -> None:
+        """Refuses what is left beyond rounding."""
+        rounding = torch.finfo(b.dtype).eps
+        if not residual <= rounding**0.5 * norm + 10 * len(b) * rounding * size:
+            raise SolverError(
+                f"Cholesky(blocks={self.blocks}): the solution leaves a relative residual of "
+                f"{residual / norm:.3g}, so the blocks depend on each other, or do not lie one after the "
+                f"other. Stack the models in one parameter of shape ({self.blocks}, ...) with a loss that is "
+                "a sum over its first dimension, or leave blocks out."
+            )

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Matvec, SolveInfo, Solver, check_norm, check_number, remainder
+from .base import Matvec, SolveInfo, Solver, begin, check_norm, check_number
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Identity(Solver):
     def solve(
         self, matvec: Matvec, b: Tensor, *, x0: Tensor | None = None, rtol: float | None = None
     ) -> tuple[Tensor, SolveInfo]:
-        x = self.scale * remainder(matvec, b, x0)
-        return x if x0 is None else x.add_(x0), SolveInfo(
+        x, r = begin(matvec, b, x0)
+        return x.add_(r, alpha=self.scale), SolveInfo(
             0 if x0 is None else 1, None, numbers={"norm": b.norm()}
         )
 

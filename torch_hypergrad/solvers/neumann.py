@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from ..errors import SolverError
-from .base import Matvec, SolveInfo, Solver, check_norm, check_number, check_positive_int, damped, remainder
+from .base import (
+    Matvec,
+    SolveInfo,
+    Solver,
+    begin,
+    check_bool,
+    check_norm,
+    check_number,
+    check_positive_int,
+    damped,
+)
 
 NUM_POWER_ITERATIONS = 8
 
@@ -31,8 +41,10 @@ class Neumann(Solver):
         scale: :math:`\alpha`. None takes one over the largest eigenvalue (in absolute value), estimated by 8
             power iterations, which may fall short of it by half before the series diverges.
         damping: solve with :math:`A + damping\, I` instead.
+        warm_start: start from the solution of the hyper step before, if that is closer than 0: as training
+            goes on, little has changed.
 
-    Cost: ``num_terms`` products, and 8 for ``scale=None``.
+    Cost: ``num_terms`` products, 8 for ``scale=None``, and one for a warm start.
 
     Raises:
         TypeError, ValueError: for numbers out of range.
@@ -44,12 +56,14 @@ class Neumann(Solver):
     num_terms: int = 20
     scale: float | None = None
     damping: float = 0.0
+    warm_start: bool = False
 
     waits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_positive_int(self.num_terms, "Neumann: num_terms")
         check_number(self.damping, "Neumann: damping", positive=False)
+        check_bool(self.warm_start, "Neumann: warm_start")
         if self.scale is not None:
             check_number(self.scale, "Neumann: scale", positive=True)
 
@@ -59,14 +73,13 @@ class Neumann(Solver):
         matvec = damped(matvec, self.damping)
         estimated = self.scale is None
         scale = 1 / largest_eigenvalue(matvec, b) if self.scale is None else b.new_full((), self.scale)
-        step, x, term = -scale, torch.zeros_like(b), remainder(matvec, b, x0)
+        (x, term), total = begin(matvec, b, x0), torch.zeros_like(b)
         for _ in range(self.num_terms):
-            x.add_(term)
-            term.addcmul_(matvec(term), step)
+            total.add_(term)
+            term.addcmul_(matvec(term), -scale)
         num_matvecs = self.num_terms + (NUM_POWER_ITERATIONS if estimated else 0) + (x0 is not None)
         norm, size = b.norm(), term.norm()
-        x.mul_(scale)
-        return x if x0 is None else x.add_(x0), SolveInfo(
+        return x.addcmul_(total, scale), SolveInfo(
             num_matvecs,
             size / norm.masked_fill(norm == 0, 1),
             self.damping,

@@ -13,12 +13,13 @@ from .base import (
     Matvec,
     SolveInfo,
     Solver,
+    begin,
+    check_bool,
     check_finite,
     check_number,
     check_positive_int,
     conjugate_gradients,
     damped,
-    remainder,
 )
 
 
@@ -41,8 +42,11 @@ class Nystrom(Solver):
         damping: :math:`\mu`: solve with :math:`A + \mu I` instead.
         max_steps: at most so many iterations.
         rtol: stop when the norm of the residual is below ``rtol`` times that of ``b``.
+        warm_start: start from the solution of the hyper step before, if that is closer than 0: as training
+            goes on, little has changed.
 
-    Cost: ``rank`` products, then one for each iteration (with ``max_steps=0`` one for the residual); memory
+    Cost: ``rank`` products, then one for each iteration (with ``max_steps=0`` one for the residual) and one
+    for a warm start; memory
     of ``2 * rank`` vectors. The directions come from a fixed seed; the global random number generators are
     not touched.
 
@@ -57,11 +61,13 @@ class Nystrom(Solver):
     damping: float = 0.0
     max_steps: int = 50
     rtol: float = 1e-6
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
         check_positive_int(self.rank, "Nystrom: rank")
         check_number(self.damping, "Nystrom: damping", positive=False)
         check_number(self.rtol, "Nystrom: rtol", positive=False)
+        check_bool(self.warm_start, "Nystrom: warm_start")
         if self.max_steps != 0 or isinstance(self.max_steps, bool):
             check_positive_int(self.max_steps, "Nystrom: max_steps")
         elif self.damping == 0:
@@ -69,6 +75,10 @@ class Nystrom(Solver):
                 "Nystrom: max_steps=0 needs damping above 0, got 0: without iterations, what the "
                 "approximation leaves out has no inverse but that of the damping."
             )
+
+    @property
+    def keeps_rtol(self) -> bool:
+        return self.max_steps > 0
 
     def solve(
         self, matvec: Matvec, b: Tensor, *, x0: Tensor | None = None, rtol: float | None = None
@@ -84,13 +94,13 @@ class Nystrom(Solver):
             return torch.addmv(r / rest, basis, inside / (eigenvalues + damping) - inside / rest)
 
         if self.max_steps == 0:
-            x = inverse(remainder(damped(matvec, damping), b, x0), damping)
-            x = x if x0 is None else x + x0
+            x, r = begin(damped(matvec, damping), b, x0)
+            x.add_(inverse(r, damping))
             residual = float((b - damped(matvec, damping)(x)).norm()) / norm if norm > 0 else 0.0
             return x, SolveInfo(rank + 1 + (x0 is not None), residual, damping)
         rest = torch.where(smallest + damping > 0, smallest + damping, 1.0)
         try:
-            x, steps, residual = conjugate_gradients(
+            x, num_matvecs, residual = conjugate_gradients(
                 damped(matvec, damping),
                 b,
                 self.max_steps,
@@ -100,7 +110,7 @@ class Nystrom(Solver):
             )
         except IndefiniteError as error:
             raise error.explain("Nystrom", damping) from None
-        return x, SolveInfo(rank + steps, residual, damping)
+        return x, SolveInfo(rank + num_matvecs, residual, damping)
 
     def _approximate(self, matvec: Matvec, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """U, of shape (n, r), and the diagonal of Lambda, from random directions along which A is

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..ground import autodiff
-from .gradient import LossAndGradient, GradientStage
+from .gradient import GradientStage, LossAndGradient
 from .state import Buffers, PerParameter, State, Step
 from .traced import Products, TracedGradient
 

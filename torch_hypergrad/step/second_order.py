@@ -15,7 +15,7 @@ from torch import Tensor
 from ..device.capture import Captured
 from ..ground import autodiff
 from ..ground.vectors import norm
-from .gradient import LossAndGradient, GradientStage
+from .gradient import GradientStage, LossAndGradient
 from .reverse import Reverse
 from .running import Trace
 from .state import Buffers, PerParameter, State, Step

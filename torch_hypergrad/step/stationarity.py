@@ -140,6 +140,10 @@ class OptimumCondition:
                 for part, param, grad, settings in zip(self._parts, self._params, self._grads, self._settings)
             ]
 
+    def value(self) -> Tensor:
+        """F as a flat vector, without graph."""
+        return self.space.flat([value.detach() for value in self._values])
+
     def derivatives(self) -> Derivatives:
         """Those of F in parameters and gradient: :class:`Diagonals` where the rule is elementwise."""
         if not self._rule.elementwise:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..tune.hypergradient import Hypergradient
 from ..tune.hyperparameter_set import HyperparameterSet
 from ..tune.tuned import TunedSetting, TunedTensor, write_setting
-from .gradient import LossAndGradient, GradientStage
+from .gradient import GradientStage, LossAndGradient
 from .reverse import Reverse
 from .second_order import Way
 from .state import State, Step
@@ -49,7 +49,9 @@ class Transition:
         after = self.update.apply(state, self.gradient.transform(found), step)
         return replace(after, buffers=self.gradient.live.model.buffers())
 
-    def linearize(self, step: Step, state: State, way: Way, known: LossAndGradient | None = None) -> Linearization:
+    def linearize(
+        self, step: Step, state: State, way: Way, known: LossAndGradient | None = None
+    ) -> Linearization:
         """The derivative of a recorded step at the state before it.
 
         Args:

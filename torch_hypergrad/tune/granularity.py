@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -137,9 +137,77 @@ class PerTensor(Granularity):
         return {f"{setting}/{name}": value for name, value in zip(names, values.unbind())}
 
 
+class PerLabel(Granularity):
+    """One number for each label.
+
+    Args:
+        labels: that of each weight, over the group: ints of shape ``(numel,)``.
+    """
+
+    def __init__(self, labels: Tensor) -> None:
+        self._labels, self._num = labels, int(labels.max()) + 1
+
+    def count(self, layout: Layout, num_steps: int | None) -> tuple[int, ...]:
+        return (self._num,)
+
+    def lay_out(self, values: Tensor, layout: Layout, bucket: Bucket, step: int) -> Tensor:
+        labels = layout.take(self._labels.to(values.device), bucket.positions)
+        return values[labels].to(bucket.device, bucket.dtype).view(bucket.shape)
+
+    def as_seen(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return values.to(dtype)
+
+    def zero_adjoint(self, values: Tensor, layout: Layout) -> Tensor:
+        return values.new_zeros(layout.numel)
+
+    def add_adjoint(self, total: Tensor, part: Tensor, layout: Layout, bucket: Bucket, step: int) -> None:
+        layout.add_at(total, bucket.positions, part.reshape(-1).to(total.device, total.dtype))
+
+    def reduce(self, total: Tensor, layout: Layout) -> Tensor:
+        return total.new_zeros(self._num).index_add(0, self._labels.to(total.device), total)
+
+
 GRANULARITIES: dict[str, Granularity] = {
     "group": PerGroup(),
     "tensor": PerTensor(),
     "element": PerElement(),
     "step": PerStep(),
 }
+"""Those that need to know nothing else."""
+
+
+def labelled(labels: Mapping[str, Tensor], names: Sequence[str], layout: Layout) -> PerLabel:
+    """Values per label for one group.
+
+    Args:
+        labels: those of the weights, by the names of parameters.
+        names: those of the group's parameters.
+
+    Raises:
+        ValueError: if the labels do not fit the group.
+    """
+    joined = torch.cat([_spread(labels, name, shape) for name, shape in zip(names, layout.shapes)])
+    unused = sorted(set(range(int(joined.max()) + 1)) - set(joined.tolist()))
+    if unused:
+        raise ValueError(
+            f"labels: no weight of the group has the label {unused[0]}, so nothing depends on its value. "
+            f"Number the labels from 0 to {int(joined.max()) - len(unused)} without gaps."
+        )
+    return PerLabel(joined)
+
+
+def _spread(labels: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    """The label of each weight of a parameter."""
+    if name not in labels:
+        raise ValueError(
+            f"labels has no entry for {name!r}, a parameter of the group, but for {', '.join(labels)}. Give "
+            "each parameter's weights their labels, or put the others into a param group of their own and "
+            "tune groups=[...]."
+        )
+    try:
+        return labels[name].detach().long().cpu().expand(shape).reshape(-1)
+    except RuntimeError:
+        raise ValueError(
+            f"labels[{name!r}] has shape {tuple(labels[name].shape)}, which does not broadcast to that of "
+            f"the parameter, {tuple(shape)}."
+        ) from None

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..ground.vectors import Layout
 from ..updates import UpdateRule
-from .granularity import GRANULARITIES
-from .hyperparameter import Hyperparameter
+from .granularity import GRANULARITIES, Granularity, labelled
+from .hyperparameter import Hyperparameter, TensorHyperparameter
+from .scale import Scale
 from .tuned import TunedSetting, TunedTensor
 
 
@@ -42,7 +43,7 @@ class HyperparameterSet:
     @property
     def loss_tensors(self) -> list[Tensor]:
         """The tuned tensors that the training loss reads."""
-        return [tuned.leaf for tuned in self.tensors]
+        return [tuned.tensor for tuned in self.tensors]
 
     @property
     def are_per_weight(self) -> list[bool]:
@@ -56,6 +57,14 @@ class HyperparameterSet:
             for tuned, given in zip(self.all, values)
             for name, value in tuned.named(given).items()
         }
+
+    def from_named(self, named: Mapping[str, Tensor]) -> list[Tensor]:
+        """The transpose of :meth:`named`: a new tensor for each entry of ``all``."""
+        every = [torch.zeros_like(tuned.values()) for tuned in self.all]
+        for tuned, whole in zip(self.all, every):
+            for name, part in tuned.named(whole).items():
+                part.copy_(named[name])
+        return every
 
     def values(self) -> dict[str, Tensor]:
         """The current values by public names."""
@@ -81,7 +90,7 @@ class HyperparameterSet:
                 raise ValueError(
                     f"{name!r} has shape {tuple(part.shape)}, got a tensor of shape {tuple(given.shape)}."
                 )
-            tuned.check_values(given, name)
+            tuned.scale.check(name, given)
 
     def set_values(self, values: Mapping[str, Any]) -> None:
         """Replaces the values under the given names, whatever they are."""
@@ -94,7 +103,7 @@ class HyperparameterSet:
 
     def versions(self) -> list[int]:
         """Counters that move when somebody writes to the values."""
-        return [tuned.leaf._version for tuned in self.all]
+        return [tuned.held._version for tuned in self.all]
 
 
 def _tuned_settings(
@@ -104,10 +113,10 @@ def _tuned_settings(
     rule: UpdateRule,
 ) -> list[TunedSetting]:
     _check_setting(spec.name, groups, rule)
-    if GRANULARITIES[spec.per].is_per_weight and spec.name in rule.whole:
+    if spec.per in ("element", "label") and spec.name in rule.whole:
         raise ValueError(
-            f"Hyperparameter({spec.name!r}, per='element'): this setting acts on a parameter as a whole and "
-            "has no value for each element. Use per='tensor' or per='group'."
+            f"Hyperparameter({spec.name!r}, per={spec.per!r}): this setting acts on a parameter as a whole "
+            "and has no value for each element. Use per='tensor' or per='group'."
         )
     chosen = range(len(groups)) if spec.groups is None else spec.groups
     if any(i not in range(len(groups)) for i in chosen):
@@ -116,21 +125,31 @@ def _tuned_settings(
             f"numbered 0 to {len(groups) - 1}."
         )
     tuned = [i for i in chosen if groups[i]["params"]]
-    starts = _starts(spec, [Layout([p.shape for p in groups[i]["params"]]) for i in tuned])
+    layouts = [Layout([p.shape for p in groups[i]["params"]]) for i in tuned]
+    granularities = [_granularity(spec, names[i], layout) for i, layout in zip(tuned, layouts)]
+    counts = [how.count(layout, spec.num_steps) for how, layout in zip(granularities, layouts)]
     return [
-        TunedSetting(spec, i, groups[i], names[i], rule.tunable[spec.name], start)
-        for i, start in zip(tuned, starts)
+        TunedSetting(spec, i, groups[i], names[i], rule.tunable[spec.name], how, start)
+        for i, how, start in zip(tuned, granularities, _starts(spec, counts))
     ]
 
 
-def _starts(spec: Hyperparameter, layouts: Sequence[Layout]) -> Sequence[Tensor | None]:
-    """The given start for each group, None where each takes its own."""
+def _granularity(spec: Hyperparameter, names: Sequence[str], layout: Layout) -> Granularity:
+    if spec.labels is None:
+        return GRANULARITIES[spec.per]
+    try:
+        return labelled(spec.labels, names, layout)
+    except ValueError as error:
+        raise ValueError(f"Hyperparameter({spec.name!r}): {error}") from None
+
+
+def _starts(spec: Hyperparameter, shapes: Sequence[tuple[int, ...]]) -> Sequence[Tensor | None]:
+    """The given start for each group, whose values have these shapes; None where each takes its own."""
     if spec.init is None:
-        return [None] * len(layouts)
+        return [None] * len(shapes)
     init = torch.as_tensor(
         spec.init, dtype=torch.float64 if isinstance(spec.init, (int, float)) else None
     ).detach()
-    shapes = [GRANULARITIES[spec.per].count(layout, spec.num_steps) for layout in layouts]
     counts = [math.prod(shape) for shape in shapes]
     if init.numel() not in (1, sum(counts)):
         raise ValueError(
@@ -172,13 +191,15 @@ def _check_unique(names: Sequence[str]) -> None:
 
 
 def _named_entry(entry: Any) -> tuple[str | None, Any]:
+    if isinstance(entry, TensorHyperparameter):
+        return entry.name, entry
     if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str):
         return entry
     return None, entry
 
 
 def _tuned_tensors(entries: Sequence[Any]) -> list[TunedTensor]:
-    tuned: list[TunedTensor] = []
+    found: list[tuple[str, Tensor, Scale]] = []
     for position, (name, thing) in enumerate(map(_named_entry, entries)):
         if isinstance(thing, nn.Module):
             prefix = name or type(thing).__name__
@@ -187,32 +208,39 @@ def _tuned_tensors(entries: Sequence[Any]) -> list[TunedTensor]:
                     f"tune holds the module {prefix}, which has no parameter that requires a gradient: take "
                     "it out."
                 )
-            tuned += [TunedTensor(f"{prefix}.{n}", p) for n, p in thing.named_parameters() if p.requires_grad]
+            named = thing.named_parameters()
+            found += [(f"{prefix}.{n}", p, Scale()) for n, p in named if p.requires_grad]
+        elif isinstance(thing, TensorHyperparameter):
+            found.append((name or f"tensor{position}", thing.tensor, thing.scale))
         elif isinstance(thing, Tensor):
-            tuned.append(TunedTensor(name or f"tensor{position}", thing))
+            found.append((name or f"tensor{position}", thing, Scale()))
         else:
             raise TypeError(
-                "tune takes Hyperparameter, nn.Module or leaf tensors (or a pair of a name and one of the "
-                f"latter), got {type(thing).__name__}: {thing!r}."
+                "tune takes Hyperparameter, Hyperparameter.of(tensor), nn.Module or leaf tensors (or a pair "
+                f"of a name and one of the latter two), got {type(thing).__name__}: {thing!r}."
             )
-    for t in tuned:
-        if not (t.leaf.is_leaf and t.leaf.requires_grad and t.leaf.is_floating_point()):
-            raise ValueError(
-                f"The tuned tensor {t.name!r} must be a floating-point leaf with requires_grad=True (dtype "
-                f"{t.leaf.dtype}, is_leaf={t.leaf.is_leaf}, requires_grad={t.leaf.requires_grad}): make it "
-                "with tensor.detach().clone().requires_grad_()."
-            )
-        if 0 in t.leaf.stride() and t.leaf.numel() > 1:
-            raise ValueError(
-                f"The tuned tensor {t.name!r} of shape {tuple(t.leaf.shape)} was made by expand: some of its "
-                "entries share memory, so they cannot move apart. Make it with "
-                "tensor.detach().clone().requires_grad_(), or tune the tensor before expand and expand it "
-                "in the loss."
-            )
-    _check_unique([t.name for t in tuned])
+    for name, tensor, _ in found:
+        _check_tensor(name, tensor)
+    _check_unique([name for name, _, _ in found])
     first_names: dict[int, str] = {}
-    for t in tuned:
-        first = first_names.setdefault(id(t.leaf), t.name)
-        if first != t.name:
-            raise ValueError(f"{first!r} and {t.name!r} in tune are the same tensor: keep one of them.")
-    return tuned
+    for name, tensor, _ in found:
+        first = first_names.setdefault(id(tensor), name)
+        if first != name:
+            raise ValueError(f"{first!r} and {name!r} in tune are the same tensor: keep one of them.")
+    return [TunedTensor(name, tensor, scale) for name, tensor, scale in found]
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not (tensor.is_leaf and tensor.requires_grad and tensor.is_floating_point()):
+        raise ValueError(
+            f"The tuned tensor {name!r} must be a floating-point leaf with requires_grad=True (dtype "
+            f"{tensor.dtype}, is_leaf={tensor.is_leaf}, requires_grad={tensor.requires_grad}): make it with "
+            "tensor.detach().clone().requires_grad_()."
+        )
+    if 0 in tensor.stride() and tensor.numel() > 1:
+        raise ValueError(
+            f"The tuned tensor {name!r} of shape {tuple(tensor.shape)} was made by expand: some of its "
+            "entries share memory, so they cannot move apart. Make it with "
+            "tensor.detach().clone().requires_grad_(), or tune the tensor before expand and expand it in the "
+            "loss."
+        )

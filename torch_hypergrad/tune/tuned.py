@@ -3,7 +3,6 @@ loss."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from ..ground.buckets import Bucket
 from ..ground.vectors import Layout
-from .granularity import GRANULARITIES
-from .hyperparameter import Hyperparameter, check_start
+from .granularity import Granularity
+from .hyperparameter import Hyperparameter
+from .scale import Scale
 
 
 def read_setting(settings: Mapping[str, Any], name: str) -> Any:
@@ -43,23 +43,24 @@ class TunedSetting:
         group: Mapping[str, Any],
         names: Sequence[str],
         legal: tuple[float, float],
+        granularity: Granularity,
         start: Tensor | None,
     ) -> None:
-        self.spec, self.group, self.names = spec, group_index, list(names)
+        self.spec, self.group, self.names, self.granularity = spec, group_index, list(names), granularity
         self.layout = Layout([p.shape for p in group["params"]])
-        self.granularity = GRANULARITIES[spec.per]
         base = group.get("initial_lr", group["lr"]) if spec.name == "lr" else read_setting(group, spec.name)
         self.base = float(base)
-        self.low = legal[0] if spec.low is None else spec.low
-        self.high = legal[1] if spec.high is None else spec.high
+        self.scale = Scale(
+            legal[0] if spec.low is None else spec.low, legal[1] if spec.high is None else spec.high, spec.log
+        )
         first = group["params"][0]
         wide = self.granularity.is_per_weight or first.device.type == "mps"
         shape = self.granularity.count(self.layout, spec.num_steps)
         start = torch.tensor(self.base, dtype=torch.float64) if start is None else start.detach()
         values = start.to(first.device, first.dtype if wide else torch.float64).expand(shape).clone()
         seen = self.granularity.as_seen(values, first.dtype)
-        check_start(spec.name, seen, self.low, self.high, spec.log)
-        self.leaf = (values.log() if spec.log else values).requires_grad_()
+        self.scale.check(spec.name, seen)
+        self.leaf = self.scale.leaf(values).requires_grad_()
         self._laid_out: dict[Bucket, Tensor] = {}
 
     @property
@@ -67,18 +68,18 @@ class TunedSetting:
         """For messages."""
         return f"{self.spec.name}/group{self.group}"
 
+    @property
+    def held(self) -> Tensor:
+        """Where the values are held, to which nobody else may write in the middle of a window."""
+        return self.leaf
+
     def values(self) -> Tensor:
         """The current values, detached, in the shape of the leaf."""
-        leaf = self.leaf.detach()
-        return leaf.exp() if self.spec.log else leaf.clone()
-
-    def check_values(self, values: Tensor, name: str) -> None:
-        """Refuses values that are not finite, not positive on a log scale, or out of bounds."""
-        check_start(name, values, self.low, self.high, self.spec.log)
+        return self.scale.values(self.leaf)
 
     def set_values(self, values: Tensor) -> None:
         """Replaces the values."""
-        self.set_leaf(values.log() if self.spec.log else values)
+        self.set_leaf(self.scale.leaf(values))
 
     def set_leaf(self, leaf: Tensor) -> None:
         """Replaces what the hyper optimizer moves."""
@@ -88,18 +89,12 @@ class TunedSetting:
 
     def set_leaf_gradient(self, gradient: Tensor) -> None:
         """Gives the leaf the gradient that belongs to ``gradient``, which is with respect to the values."""
-        self.leaf.grad = gradient * self.values() if self.spec.log else gradient.clone()
+        self.leaf.grad = self.scale.leaf_gradient(gradient, self.leaf)
 
     def project(self) -> Tensor:
         """Moves the values into the bounds and counts how many had to move."""
         self._laid_out.clear()
-        low, high = self.low, self.high
-        if self.spec.log:
-            low, high = (math.log(bound) if bound > 0 else -math.inf for bound in (low, high))
-        with torch.no_grad():
-            clipped = ((self.leaf < low) | (self.leaf > high)).sum()
-            self.leaf.clamp_(low, high)
-        return clipped
+        return self.scale.project_(self.leaf)
 
     def for_bucket(self, bucket: Bucket, step: int) -> Tensor:
         """The values as the rule gets them."""
@@ -150,40 +145,61 @@ class TunedSetting:
 
 
 class TunedTensor:
-    """A tensor of the user's that the training loss reads; the hyper optimizer moves it itself."""
+    """A tensor of the user's that the training loss reads.
 
-    def __init__(self, name: str, leaf: Tensor) -> None:
-        self.name, self.leaf = name, leaf
+    ``leaf`` is what the hyper optimizer moves: the tensor itself, or on a log scale the logarithms of its
+    entries.
+    """
+
+    def __init__(self, name: str, tensor: Tensor, scale: Scale) -> None:
+        self.name, self.tensor, self.scale = name, tensor, scale
         self.label = name
+        self.leaf = scale.leaf(tensor.detach()).requires_grad_() if scale.log else tensor
+        self._show()
+
+    @property
+    def held(self) -> Tensor:
+        """Where the values are held, to which nobody else may write in the middle of a window."""
+        return self.tensor
 
     def values(self) -> Tensor:
         """A copy of the tensor."""
-        return self.leaf.detach().clone()
-
-    def check_values(self, values: Tensor, name: str) -> None:
-        """Refuses values that are not finite."""
-        check_start(name, values, None, None, False)
+        return self.tensor.detach().clone()
 
     def set_values(self, values: Tensor) -> None:
         """Copies ``values`` into the tensor."""
-        self.set_leaf(values)
+        self.set_leaf(self.scale.leaf(values))
 
     def set_leaf(self, leaf: Tensor) -> None:
-        """Copies ``leaf`` into the tensor."""
+        """Replaces what the hyper optimizer moves."""
         with torch.no_grad():
             self.leaf.copy_(leaf)
+        self._show()
 
     def set_leaf_gradient(self, gradient: Tensor) -> None:
-        """Gives the tensor its gradient."""
-        self.leaf.grad = gradient.clone()
+        """Gives the leaf the gradient that belongs to ``gradient``, which is with respect to the values."""
+        if self.scale.log:
+            with torch.no_grad():  # entries that somebody wrote to since are taken over
+                now = self.tensor.log()
+                self.leaf.copy_(torch.where(self.tensor == self._shown, self.leaf, now))
+        self.leaf.grad = self.scale.leaf_gradient(gradient, self.leaf)
 
     def project(self) -> Tensor:
-        """No bounds."""
-        return torch.zeros((), dtype=torch.int64, device=self.leaf.device)
+        """Moves the values into the bounds and counts how many had to move."""
+        clipped = self.scale.project_(self.leaf)
+        self._show()
+        return clipped
+
+    def _show(self) -> None:
+        """Lets the loss read what the leaf says."""
+        if self.scale.log:
+            self._shown = self.scale.values(self.leaf)
+            with torch.no_grad():
+                self.tensor.copy_(self._shown)
 
     def zero_adjoint(self) -> Tensor:
         """A total to sum adjoints in."""
-        return torch.zeros_like(self.leaf.detach())
+        return torch.zeros_like(self.tensor.detach())
 
     def reduce(self, total: Tensor) -> Tensor:
         """The total itself."""

@@ -1,0 +1,8 @@
+"""Both problems as problems of optimization: training to a tolerance, and tuning by scipy or over folds."""
+
+from .cross_validation import CrossValidation
+from .fit import Fit, fit
+from .minimize import minimize
+from .tolerances import cubic, exponential, quadratic
+
+__all__ = ["CrossValidation", "Fit", "cubic", "exponential", "fit", "minimize", "quadratic"]
