@@ -81,6 +81,7 @@ def fit(
 
     Raises:
         SolverError: if the tolerance was not reached; the weights are the best that were found.
+        NonFiniteError: if the training loss is not finite at the current weights.
         TypeError, ValueError: for other methods or optimizers, numbers out of range, or too few
             ``num_batches``.
 

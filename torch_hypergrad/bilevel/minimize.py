@@ -62,8 +62,8 @@ def minimize(
 
     Returns:
         scipy's result: ``x`` are the best leaves, ``fun`` the validation loss there, ``nfev`` the number of
-        evaluations, ``success`` and ``message`` scipy's; ``values`` are the best values by name, and
-        ``evaluation`` is theirs.
+        evaluations, ``success`` and ``message`` scipy's; ``hyperparameters`` are the best values by name,
+        and ``evaluation`` is theirs.
 
     Raises:
         ValueError: for another method, one without bounds where there are some, or a start out of bounds.
@@ -90,11 +90,13 @@ def minimize(
             )
         except _EnoughError:
             result = OptimizeResult(success=False, status=1, message=f"max_evals={max_evals} was reached.")
-        finally:
-            search.finish()
+        except BaseException:
+            search.put_back()
+            raise
+    search.train_at_best()
     assert search.best is not None
     result.update(x=search.best_leaves, fun=search.best.val_loss, nfev=search.num_evals)
-    result.update(jac=search.best_gradient, values=search.best_values, evaluation=search.best)
+    result.update(jac=search.best_gradient, hyperparameters=search.best_values, evaluation=search.best)
     search.warn_of_log_scale()
     return result
 
@@ -150,9 +152,13 @@ class _Search:
             self._callback(found, self._values())
         return found.val_loss, gradient
 
-    def finish(self) -> None:
+    def put_back(self) -> None:
+        """Puts the best values back; the weights stay as they are."""
+        self._move_to(self.best_leaves)
+
+    def train_at_best(self) -> None:
         """Puts the best values back, and trains there."""
-        if self.best is not None and not np.array_equal(self._trained, self.best_leaves):
+        if not np.array_equal(self._trained, self.best_leaves):
             self._train_at(self.best_leaves)
 
     def warn_of_log_scale(self) -> None:
@@ -173,14 +179,17 @@ class _Search:
                 )
 
     def _train_at(self, leaves: Vector) -> None:
+        self._move_to(leaves)
+        self._train()
+        self._trained = leaves.copy()
+
+    def _move_to(self, leaves: Vector) -> None:
         self._hyper.begin_window()
         sizes = [tuned.leaf.numel() for tuned in self._tuned]
         parts = torch.from_numpy(leaves.copy()).split(sizes)
         for fold in self._folds:
             for tuned, part in zip(fold._hyperparameters.all, parts):
                 tuned.set_leaf(part.view(tuned.leaf.shape).to(tuned.leaf))
-        self._train()
-        self._trained = leaves.copy()
 
     def _leaf_gradient(self, named: dict[str, Tensor]) -> Vector:
         gradients = zip(self._tuned, self._hyperparameters.from_named(named))

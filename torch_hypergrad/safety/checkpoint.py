@@ -3,6 +3,7 @@ another."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -66,7 +67,8 @@ def unpack_run(saved: Any, problem: Problem, method: Method, hyper_optimizer: Op
         setting.base = base
     for tuned, leaf in zip(hyperparameters.all, saved["hyperparameters"]):
         tuned.set_leaf(leaf)
-    hyper_optimizer.load_state_dict(saved["hyper_optimizer"])
+    # A copy: torch's optimizers go on with the very tensors that they are given.
+    hyper_optimizer.load_state_dict(copy.deepcopy(saved["hyper_optimizer"]))
 
 
 def _fingerprint(problem: Problem, method: Method, hyper_optimizer: Optimizer) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..errors import NonFiniteError, SolverError
 from .mean_gradient import MeanGradient
 from .problem import Problem
 from .second_order import Way
@@ -29,6 +30,7 @@ class InnerProblem:
         way: how gradients are traced for :meth:`product`.
 
     Raises:
+        NonFiniteError: if the loss is not finite at the current weights.
         ValueError: if the stationarity is no gradient of such a function.
     """
 
@@ -36,12 +38,26 @@ class InnerProblem:
         self._problem, self._steps, self._way = problem, [replace(s, given=None) for s in steps], way
         self._stage = problem.transition.gradient.untransformed()
         self._start = problem.live.state()
-        self._found = self._loss(self._start)
-        grads = self._found[1]
-        self._space = self._condition(self._start, grads).space
-        self.start = self._space.joined(self._start.per_parameter(self._num_params))
-        """The current parameters."""
-        self._check(grads)
+        self._found = loss, grads = self._loss(self._start)
+        if not bool(loss.isfinite()):
+            raise NonFiniteError(
+                f"The training loss is {float(loss)} at the weights that fit begins at. Weights that have "
+                "diverged need a new start (restart(), or load others); check the batch too."
+            )
+        try:
+            self._space = self._condition(self._start, grads).space
+            self.start = self._space.joined(self._start.per_parameter(self._num_params))
+            """The current parameters."""
+            is_function = self._is_function(grads)
+        except SolverError:  # of a rule that needs the optimizer's state
+            is_function = False
+        if not is_function:
+            raise ValueError(
+                "fit minimizes the training loss with the weight decay that is added to its gradient, "
+                f"and the optimum of {type(problem.live.optimizer.optimizer).__name__} with its present "
+                "settings is none of that: it depends on the state of the optimizer (a decoupled decay), or "
+                "maximize=True. Train with step(), or wrap SGD or Adam."
+            )
 
     @property
     def _num_params(self) -> int:
@@ -87,25 +103,16 @@ class InnerProblem:
     def _condition(self, state: State, grads: PerParameter) -> OptimumCondition:
         return OptimumCondition(self._problem.transition.update, self._steps[-1], state, grads)
 
-    def _check(self, grads: PerParameter) -> None:
-        """Refuses a stationarity that is not ``g + C theta`` with a constant C: then F at other weights is
-        none of one function's gradients."""
-        g, empty = self._space.joined(grads), self._without_rule_state(self._start)
-        added = self._condition(self._start, grads).value() - g
-        twice = self._condition(self._without_rule_state(self.state(2 * self.start)), grads)
-        try:
-            others = [self._condition(empty, grads).value() - g, (twice.value() - g) / 2]
-        except (KeyError, TypeError):
-            others = [torch.full_like(added, torch.nan)]
-        size = g.abs().max() + added.abs().max()
-        rounding = 100 * torch.finfo(added.dtype).eps * size
-        if any(not bool(((other - added).abs() <= rounding).all()) for other in others):
-            raise ValueError(
-                "fit minimizes the training loss with the weight decay that is added to its gradient, and "
-                f"the optimum of {type(self._problem.live.optimizer.optimizer).__name__} with its present "
-                "settings is none of that: it depends on the state of the optimizer (a decoupled decay), or "
-                "maximize=True. Train with step(), or wrap SGD or Adam."
-            )
+    def _is_function(self, grads: PerParameter) -> bool:
+        """Whether the stationarity is ``g + C theta`` with a constant C: else F at other weights is none of
+        one function's gradients."""
+        g, start = self._space.joined(grads), self._start
+        added = self._condition(start, grads).value() - g
+        without = self._condition(self._without_rule_state(start), grads).value() - g
+        twice = self._condition(self._without_rule_state(self.state(2 * self.start)), grads).value() - g
+        rounding = 100 * torch.finfo(added.dtype).eps * (g.abs().max() + added.abs().max())
+        differences = torch.stack([without - added, twice / 2 - added])
+        return bool((differences.abs() <= rounding).all())
 
     @staticmethod
     def _without_rule_state(state: State) -> State:

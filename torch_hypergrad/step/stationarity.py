@@ -134,11 +134,19 @@ class OptimumCondition:
         self._grads = [autodiff.leaf(bucket.gather(grads)) for bucket in buckets]
         self._tuned = [update.leaves(bucket, 0) for bucket in buckets]
         self._settings = [update.settings(bucket, step, tuned) for bucket, tuned in zip(buckets, self._tuned)]
-        with torch.enable_grad():
-            self._values = [
-                rule.stationarity(param, grad, part.rule_state, settings)
-                for part, param, grad, settings in zip(self._parts, self._params, self._grads, self._settings)
-            ]
+        try:
+            with torch.enable_grad():
+                self._values = [
+                    rule.stationarity(param, grad, part.rule_state, settings)
+                    for part, param, grad, settings in zip(
+                        self._parts, self._params, self._grads, self._settings
+                    )
+                ]
+        except KeyError as error:
+            raise SolverError(
+                f"The optimizer's optimum depends on {error} of its state, which is not there: it has taken "
+                "no step. Call step(batch) before, or wrap an optimizer whose decay is added to the gradient."
+            ) from error
 
     def value(self) -> Tensor:
         """F as a flat vector, without graph."""
