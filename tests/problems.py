@@ -13,9 +13,10 @@ from torch_hypergrad import HyperOptimizer, Hyperparameter, Unrolled
 from torch_hypergrad.methods import Method
 
 FROZEN = partial(torch.optim.SGD, lr=0.0)
+"""A hyper optimizer that changes nothing."""
+
 REPLAY = Unrolled(memory=0)
 """Every step is taken again."""
-"""A hyper optimizer that changes nothing."""
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
