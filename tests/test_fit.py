@@ -104,6 +104,15 @@ def test_several_batches_are_averaged():
     torch.testing.assert_close(computed[0], problem.hypergradient(), rtol=1e-7, atol=1e-9)
 
 
+def test_batches_of_before_are_no_part_of_the_problem():
+    problem = Ridge.make()
+    hyper = ridge(problem, method=Implicit(Cholesky(), num_batches=2))
+    hyper.record(random_batch(20, 6, seed=9))
+    fit(hyper, problem.train, tol=1e-10)
+    computed = hyper.hypergradient(problem.val)["weight_decay/weight"]
+    torch.testing.assert_close(computed[0], problem.hypergradient(), rtol=1e-7, atol=1e-9)
+
+
 def test_a_smooth_network_comes_to_rest():
     batch = random_batch(20, 4, seed=3)
     hyper = wrapped(tanh_mlp(), DECAY, Implicit(CG()))

@@ -99,6 +99,7 @@ def fit(
             search.run(method, max_iter)
             problem.readings.read()
         problem.live.write(search.state())
+    hyper.begin_window()  # batches of before are no part of this problem
     for one in given:
         hyper.record(one)
     if not search.best.grad_norm <= tol:
