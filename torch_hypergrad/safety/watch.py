@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
 
 from torch import Tensor
 
@@ -43,17 +44,24 @@ class Watch:
         """Refuses to go on if anything was written to before step ``number``."""
         if self._written is None:
             return
-        changed = self._live.changed()
-        if changed is not None:
-            raise TrajectoryError(tampering(changed, number))
+        name = self._live.model.changed()
+        if name is not None:
+            raise TrajectoryError(tampering(f"the parameter {name!r}", number))
         for tuned, version in zip(self._hyperparameters.all, self._versions):
             if tuned.held._version != version:
                 raise TrajectoryError(tampering(f"the hyperparameter {tuned.label!r}", number))
 
     def compare(self, state: State, number: int) -> Tensor | None:
-        """Whether the values of the parameters are others than those written; None if nothing was written."""
+        """Whether the values of the parameters are others than those written; None if nothing was written.
+
+        Raises:
+            TrajectoryError: if the optimizer's state is another one, or the values are known to be others.
+        """
         if self._written is None:
             return None
+        rule_states = ([part.rule_state for part in s.parts] for s in (state, self._written))
+        if not all(a is b for a, b in zip_longest(*rule_states)):
+            raise TrajectoryError(tampering("the optimizer's state", number))
         if all(a is b for a, b in zip(state.params, self._written.params)):
             return None
         tampered = differs(state, self._written)

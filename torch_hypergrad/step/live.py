@@ -117,13 +117,6 @@ class Live:
         """The parameters will be written to by the optimizer itself."""
         self._written = None
 
-    def changed(self) -> str | None:
-        """What somebody else has written to since the last :meth:`write`, or None."""
-        name = self.model.changed()
-        if name is not None:
-            return f"the parameter {name!r}"
-        return "the optimizer's state" if self.optimizer.replaced() else None
-
     @contextmanager
     def undone_on_error(self, step: Step, buffers: Buffers | None) -> Iterator[None]:
         """Puts buffers, modes and random number generators back if ``step``, just begun, fails."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -56,7 +57,7 @@ class State:
     parts: tuple[Part, ...]
     buffers: Buffers | None = None
 
-    @property
+    @cached_property
     def params(self) -> tuple[Tensor, ...]:
         """One vector of parameters for each bucket."""
         return tuple(part.param for part in self.parts)
