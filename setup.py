@@ -7,7 +7,9 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "torch_hypergrad/__init__.py").read_text())
-test = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"]
+search = ["optuna>=4.9", "cmaes>=0.10"]
+examples = ["arch>=7", *search]
+test = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", *examples]
 bench = ["torchopt>=0.7.3"]
 
 setup(
@@ -38,5 +40,11 @@ setup(
         "filelock>=3.12",
         "psutil>=5.9",
     ],
-    extras_require={"test": test, "bench": bench, "dev": [*test, *bench, "ruff>=0.6", "mypy>=1.11"]},
+    extras_require={
+        "search": search,
+        "examples": examples,
+        "test": test,
+        "bench": bench,
+        "dev": [*test, *bench, "ruff>=0.6", "mypy>=1.11"],
+    },
 )

@@ -15,7 +15,12 @@ from matplotlib.image import imread
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HELPERS = {"command_line.py", "common.py"}
-NAMES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in HELPERS)
+NAMES = sorted(
+    path.name
+    for path in EXAMPLES.glob("*.py")
+    if path.name not in HELPERS and "option_parser(" in path.read_text(encoding="utf-8")
+)
+"""Those that train networks on images, with the options that come with it."""
 
 
 def run_example(name: str, *args: object) -> str:
@@ -155,6 +160,23 @@ def test_own_optimizer() -> None:
         assert decay >= 0, name
         assert 10 < accuracy < 99, name
     assert max(losses["tuned"], losses["best of a grid"]) < losses["usual lr"]
+
+
+def test_t1t2(tmp_path: Path) -> None:
+    printed = run_example("t1t2.py", "--steps", 40, "--seeds", 1, "--out", tmp_path)
+    rows = rows_of(printed)
+    decay, noise, *_ = map(float, rows["split 0: T1-T2, bad start"])
+    assert decay < 0.01, "the bad start"
+    assert 0 < noise < 1
+    check_picture(tmp_path / "values.png", printed)
+
+
+def test_drmad() -> None:
+    rows = rows_of(run_example("drmad.py", "--steps", 60, "--seeds", 1, "--rounds", 4))
+    for name in ("DrMAD, 6 points", "DrMAD, all 60 points", "exact: Unrolled"):
+        first, last, _ = map(mean, rows[name])
+        assert last < first, name
+    assert mean(rows["exact: Unrolled"][1]) < mean(rows["DrMAD, 6 points"][0])
 
 
 def refusal(name: str, args: list[object], capsys: pytest.CaptureFixture[str]) -> str:

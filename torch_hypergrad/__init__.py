@@ -9,7 +9,8 @@ from .errors import (
     TrajectoryError,
 )
 from .hyper_optimizer import Evaluation, HyperOptimizer, HyperReport
-from .methods import ForwardMode, Implicit, Method, Unrolled
+from .methods import DrMAD, ForwardMode, Implicit, Method, Unrolled
+from .methods.unrolled import t1t2
 from .solvers import CG, Cholesky, Identity, Neumann, Nystrom, SolveInfo, Solver
 from .step.buffer_rules import BufferRule, register_buffers
 from .tune.adaptive_step import AdaptiveStep
@@ -23,6 +24,7 @@ __all__ = [
     "AdaptiveStep",
     "BufferRule",
     "Cholesky",
+    "DrMAD",
     "Evaluation",
     "ForwardMode",
     "HyperOptimizer",
@@ -46,4 +48,5 @@ __all__ = [
     "keep_freed_memory",
     "register_buffers",
     "register_update",
+    "t1t2",
 ]

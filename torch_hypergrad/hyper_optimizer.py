@@ -276,7 +276,7 @@ class HyperOptimizer:
         asked = self._asked(val_batch, batches, sizes, rtol)
         gradients, _, statistics = self._hypergradient(asked)
         self._problem.readings.read()
-        found = read_statistics(statistics, self._problem.live.params)
+        found = read_statistics(statistics, self._problem.live.params, self._method)
         return Evaluation(asked.value(), self._hyperparameters.named(gradients), **found)
 
     def hypergradient(
@@ -311,11 +311,11 @@ class HyperOptimizer:
         with put_back_on_error(self._problem, self.hyper_optimizer, self._watch):
             constants = self._problem.transition.gradient.running.constants(self._buffers or ())
             clipped = move_values(
-                self._hyperparameters, self.hyper_optimizer, gradients, asked.value, readings
+                self._hyperparameters, self.hyper_optimizer, gradients, asked.value, readings, rtol
             )
             readings.read()  # the one time that a hyper step waits for the device
         self.begin_window()
-        found = read_statistics(statistics, self._problem.live.params)
+        found = read_statistics(statistics, self._problem.live.params, self._method)
         counts = num_clipped(clipped)
         return HyperReport(asked.value(), norm.value, **found, constants=constants.value, clipped=counts)
 

@@ -2,7 +2,17 @@
 
 from .cross_validation import CrossValidation
 from .fit import Fit, fit
+from .folds import stratified_folds
 from .minimize import minimize
 from .tolerances import cubic, exponential, quadratic
 
-__all__ = ["CrossValidation", "Fit", "cubic", "exponential", "fit", "minimize", "quadratic"]
+__all__ = [
+    "CrossValidation",
+    "Fit",
+    "cubic",
+    "exponential",
+    "fit",
+    "minimize",
+    "quadratic",
+    "stratified_folds",
+]

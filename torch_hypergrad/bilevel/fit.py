@@ -135,7 +135,10 @@ class _Search:
                 )
                 self.message = str(found.message)
                 if found.status == 1 or not self.best.grad_norm < before / 2:
-                    return  # else rounding has ended a search that may go on afresh
+                    break  # else rounding has ended a search that may go on afresh
+            if method != "lbfgs":  # the loss is flat to its last digit before the gradient is
+                start, options = self._x.double().cpu().numpy(), {"maxiter": 20, "fatol": 0.0, "xatol": 0.0}
+                scipy.optimize.root(lambda x: self._value(x)[1], start, method="krylov", options=options)
         except _ReachedError:
             return
         finally:
@@ -205,7 +208,8 @@ def _checked_batches(hyper: HyperOptimizer, batch: Any, batches: Iterable[Any] |
 
 
 def _unfinished(best: Fit, tol: float, method: str, message: str) -> str:
-    other = "" if method == "newton" else ", method='newton' (small models) or 'cg-newton'"
+    methods = {"lbfgs": ", method='newton' (small models) or 'cg-newton'", "cg-newton": ", method='newton'"}
+    other = methods.get(method, "")
     return (
         f"fit came to a gradient of norm {best.grad_norm:.3g} after {best.num_gradients} gradients, and was "
         f"to reach tol={tol:.3g} (scipy's {_OF_SCIPY[method][0]} says: {message}). The weights are the best "

@@ -117,6 +117,7 @@ class _Search:
         self._folds = hyper.folds if isinstance(hyper, CrossValidation) else [hyper]
         self._hyperparameters = self._folds[0]._hyperparameters
         self._tuned = self._hyperparameters.all
+        self._starts = [tuned.leaf.detach().clone() for tuned in self._tuned]
         self._trained: Vector = np.empty(0)
         self.num_evals = 0
         self.best: Evaluation | None = None
@@ -165,15 +166,17 @@ class _Search:
         """Says where a derivative may have vanished because of the scale alone."""
         assert self.best is not None
         gradients = self._hyperparameters.from_named(self.best.hypergradient)
-        for tuned, gradient in zip(self._tuned, gradients):
+        for tuned, gradient, start in zip(self._tuned, gradients, self._starts):
             values = tuned.scale.values(tuned.leaf)
-            in_leaf, in_values = (gradient * values).abs().max(), gradient.abs().max()
-            if tuned.scale.log and in_leaf < FLAT and in_values > STEEP:
+            stayed = (tuned.leaf.detach() - start).abs() < 1
+            stuck = stayed & ((gradient * values).abs() < FLAT) & (gradient.abs() > STEEP)
+            if tuned.scale.log and stuck.any():
+                at, in_values = values[stuck][0], gradient[stuck][0]
                 warnings.warn(
-                    f"minimize stopped at {tuned.label!r} = {float(values.min()):.3g} and more, where the "
-                    f"derivative of the validation loss is {float(in_values):.3g}, but only "
-                    f"{float(in_leaf):.3g} on the log scale, which multiplies it with the value. If the "
-                    "search began there, begin at a larger value: init=1e-2 or the like.",
+                    f"minimize stopped at {tuned.label!r} = {float(at):.3g} (close to where it began), with "
+                    f"a derivative of the validation loss of {float(in_values):.3g}, but only "
+                    f"{float(at * in_values):.3g} on the log scale, which multiplies it with the value: "
+                    "begin at a larger value, init=1e-2 or the like.",
                     RuntimeWarning,
                     stacklevel=3,
                 )

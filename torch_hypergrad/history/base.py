@@ -24,6 +24,14 @@ class History(ABC):
         """The steps that count, first step first; without batches where these were moved away."""
 
     @abstractmethod
+    def num_visits(self) -> int:
+        """How many of them :meth:`backward` goes over."""
+
+    @abstractmethod
+    def num_steps_per_visit(self) -> float:
+        """How many steps each of these stands for: 1 where all are gone over."""
+
+    @abstractmethod
     def backward(self, way: Way) -> Iterator[Linearization]:
         """The derivative of each step that counts, last step first; ``way`` is how gradients are traced where
         no graph was kept."""

@@ -163,6 +163,12 @@ class KeptGraphs(History):
     def steps(self) -> Iterator[Step]:
         return self._snapshots.steps()
 
+    def num_visits(self) -> int:
+        return self._snapshots.num_visits()
+
+    def num_steps_per_visit(self) -> float:
+        return 1
+
     def backward(self, way: Way) -> Iterator[Linearization]:
         """Kept graphs are gone through once."""
         for step, state, _ in self._snapshots.visits():

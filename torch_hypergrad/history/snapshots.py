@@ -99,6 +99,12 @@ class Snapshots(History):
         kept = (self._steps[t] for t in range(self._end - len(self), self._end))
         return (step.rest if isinstance(step, Parked) else step for step in kept)
 
+    def num_visits(self) -> int:
+        return len(self)
+
+    def num_steps_per_visit(self) -> float:
+        return 1
+
     def backward(self, way: Way) -> Iterator[Linearization]:
         for step, state, known in self.visits():
             yield self._transition.linearize(step, state, way, known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn, Protocol
 
@@ -105,6 +105,11 @@ class Method(ABC):
     replays: ClassVar[bool] = True
     """Whether recorded steps are differentiated as they were taken, for which training must use the same
     kernels."""
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What is to be said with each hypergradient."""
+        return ()
 
     @property
     @abstractmethod

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
-
-import torch
+from typing import Literal
 
 from ..device.host_memory import total_memory
-from ..ground.vectors import norm
 from ..history import GeneratorPath, History, KeptGraphs, Newest, Shelf, Snapshots, Within
 from ..step.problem import Problem
-from ..step.second_order import SecondOrder, check_second_order, ways
-from ..step.state import State, Step
-from ..tune.hypergradient import Hypergradient
+from ..step.second_order import SecondOrder, check_second_order
 from ..tune.hyperparameter_set import HyperparameterSet
 from ..updates import UpdateRule
-from .base import Method, Statistics, Validate, Window, refuse_note
+from .base import Method, Window
+from .sweep import SweepWindow
 
 DEFAULT_MEMORY = 0.1
 """The part of all memory that graphs may take, where nothing else is asked for."""
@@ -106,57 +100,30 @@ class Unrolled(Method):
 
     def start(self, problem: Problem) -> Window:
         """An empty history."""
-        return UnrolledWindow(problem, self)
+        return SweepWindow(problem, "Unrolled", history_of(problem, self), self.second_order)
 
 
-class UnrolledWindow(Window):
-    """A history, and the sweep over it."""
+def t1t2(second_order: SecondOrder = "reverse") -> Unrolled:
+    r"""T1-T2: the last training step alone counts, ``Unrolled(truncation=1)``.
 
-    def __init__(self, problem: Problem, method: Unrolled) -> None:
-        self._problem = problem
-        self._ways = ways(problem.transition.gradient, method.second_order)
-        self._history = history_of(problem, method)
-        self._kernels = partial(  # chosen once for a whole sweep
-            problem.transition.gradient.kernels, twice_differentiable=method.needs_second_derivatives
-        )
+    With plain SGD, :math:`\theta' = \theta - \eta \nabla L_T(\theta, \lambda)`, the hypergradient is
 
-    def take(self, step: Step, state: State | None) -> tuple[Step, State]:
-        assert state is not None
-        return self._history.take(step, state)
+    .. math:: \frac{d L_V(\theta', \lambda)}{d\lambda} = \partial_\lambda L_V(\theta', \lambda)
+              - \eta\, (\partial_\theta \partial_\lambda L_T(\theta, \lambda))^\top \nabla L_V(\theta')
 
-    def note(self, step: Step) -> None:
-        refuse_note("Unrolled")
+    with the mixed derivative at the weights before the step and the validation gradient after it. It is
+    greedy: what a value does beyond the next step is left out. DARTS is the same step for a tensor that both
+    losses read; where the training loss reads it detached, what is left is DARTS's first order.
 
-    def steps(self) -> Iterable[Step]:
-        return self._history.steps()
+    Args:
+        second_order: as in :class:`Unrolled`. ``"finite_difference"`` is how DARTS computes the product.
 
-    def clear(self) -> None:
-        self._history.clear()
+    Raises:
+        ValueError: for an unknown ``second_order``.
 
-    def state_dict(self) -> dict[str, Any]:
-        return self._history.state_dict()
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self._history.load_state_dict(saved)
-
-    def hypergradient(self, validate: Validate) -> tuple[Hypergradient, Statistics]:
-        total, validation = Hypergradient(self._problem.hyperparameters), validate()
-        self._problem.objective.add_direct(validation, total)
-        adjoint = self._problem.adjoint(validation)
-        lengths = [norm(adjoint.params)]
-        way, error = self._ways(), None
-        with self._kernels():
-            num_before = sum(1 for _ in self._history.steps()) - 1
-            for linearization, number in zip(self._history.backward(way), range(num_before, -1, -1)):
-                if number == 0:
-                    linearization.pull_hyperparameters(adjoint, total)
-                    break
-                adjoint = linearization.pull(adjoint, total)
-                lengths.append(norm(adjoint.params))
-                error = linearization.error
-        last, largest = lengths[0], torch.stack(lengths).max()
-        growth = torch.where(last > 0, largest / last, torch.ones_like(last))
-        return total, Statistics(product_error=error, adjoint_growth=growth)
+    Source: Luketina et al. 2016, section 2; Liu, Simonyan and Yang 2019, section 2.3.
+    """
+    return Unrolled(truncation=1, second_order=second_order)
 
 
 def history_of(problem: Problem, method: Unrolled) -> History:

@@ -49,6 +49,11 @@ def pack_run(problem: Problem, method: Method, window: Window, hyper_optimizer: 
     }
 
 
+def check_run(saved: Any, problem: Problem, method: Method, hyper_optimizer: Optimizer) -> None:
+    """Refuses what :func:`unpack_run` would, and changes nothing."""
+    _check(saved, _fingerprint(problem, method, hyper_optimizer), problem.hyperparameters)
+
+
 def unpack_run(saved: Any, problem: Problem, method: Method, hyper_optimizer: Optimizer) -> None:
     """Takes over a saved run, but for its window, its start and the random number generators.
 
@@ -56,8 +61,8 @@ def unpack_run(saved: Any, problem: Problem, method: Method, hyper_optimizer: Op
         TypeError: if ``saved`` is no dict.
         ValueError: if it was saved with something else; nothing has changed then.
     """
+    check_run(saved, problem, method, hyper_optimizer)
     live, hyperparameters = problem.live, problem.hyperparameters
-    _check(saved, _fingerprint(problem, method, hyper_optimizer), hyperparameters)
     live.model.model.load_state_dict(saved["model"])
     for module, state in zip(hyperparameters.modules, saved["modules"]):
         module.load_state_dict(state)

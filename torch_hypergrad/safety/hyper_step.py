@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..device.readings import Reading, Readings
 from ..errors import NonFiniteError, TrajectoryError
-from ..methods import Statistics
+from ..methods import Method, Statistics
 from ..step.problem import Problem
 from ..step.state import State, Step
 from ..step.validation import Batches, Validation
@@ -107,9 +107,10 @@ def move_values(
     gradients: Sequence[Tensor],
     val_loss: Callable[[], float],
     asked: Readings,
+    rtol: float | None = None,
 ) -> dict[str, Reading[float]]:
     """One step of the hyper optimizer and the projection: for each hyperparameter, how many values were
-    clipped. An optimizer that follows the validation loss waits for it.
+    clipped. An optimizer that follows the validation loss waits for it, and is told its tolerance.
 
     Raises:
         NonFiniteError: once the readings are read, if a value is not finite.
@@ -118,7 +119,7 @@ def move_values(
         tuned.set_leaf_gradient(gradient)
     if isinstance(hyper_optimizer, AdaptiveStep):
         asked.read()
-        hyper_optimizer.step(val_loss)
+        hyper_optimizer.step(val_loss, tolerance=0.0 if rtol is None else rtol)
     else:
         hyper_optimizer.step()
     hyper_optimizer.zero_grad()
@@ -200,10 +201,10 @@ def asked_statistics(statistics: Statistics, readings: Readings) -> dict[str, An
     }
 
 
-def read_statistics(asked: dict[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
+def read_statistics(asked: dict[str, Any], params: Sequence[Tensor], method: Method) -> dict[str, Any]:
     """A method's statistics as numbers, now that they have been read, and the warnings that follow."""
     found = Statistics(**{name: n.value if isinstance(n, Reading) else n for name, n in asked.items()})
-    return {**vars(found), "warnings": warnings_of(found, params)}
+    return {**vars(found), "warnings": [*method.warnings, *warnings_of(found, params)]}
 
 
 def num_clipped(clipped: dict[str, Reading[float]]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -60,13 +61,12 @@ class Cholesky(Solver):
         symmetric = (matrices + matrices.mT) / 2
         factors, failed = torch.linalg.cholesky_ex(symmetric)
         if bool(failed.any()):
-            raise self._indefinite(symmetric)
+            raise self._indefinite(symmetric, failed)
         x = torch.cholesky_solve(b.view(self.blocks, -1, 1), factors)
         rest = b - ((matrices @ x).flatten() if self.blocks == 1 else matvec(x.flatten()))
-        residual = float(rest.norm())
         if self.blocks > 1:
-            self._check_apart(residual, norm, float(matrices.norm() * x.norm()), b)
-        num_matvecs = matrices.shape[-1] + (self.blocks > 1)
+            self._check_apart(rest, b, matrices, x)
+        residual, num_matvecs = float(rest.norm()), matrices.shape[-1] + (self.blocks > 1)
         return x.flatten(), SolveInfo(num_matvecs, residual / norm if norm > 0 else 0.0, self.damping)
 
     def _matrices(self, matvec: Matvec, b: Tensor) -> Tensor:
@@ -81,24 +81,38 @@ class Cholesky(Solver):
         products = [matvec(row.repeat(self.blocks)).view(self.blocks, size) for row in rows]
         return torch.stack(products, dim=1)
 
-    def _indefinite(self, matrices: Tensor) -> SolverError:
-        finite = bool(matrices.isfinite().all())
-        smallest = torch.linalg.eigvalsh(matrices).min().item() if finite else float("nan")
-        size = f"{matrices.shape[-1]} x {matrices.shape[-1]}"
+    def _indefinite(self, matrices: Tensor, failed: Tensor) -> SolverError:
+        smallest, worst = math.nan, int(failed.argmax())
+        if bool(matrices.isfinite().all()):
+            of_each = torch.linalg.eigvalsh(matrices)[:, 0]
+            smallest, worst = float(of_each.min()), int(of_each.argmin())
+        apart = "" if self.blocks == 1 else f"block {worst} (of {self.blocks}, counted from 0) of "
+        layout = "" if self.blocks == 1 else f" Or the blocks depend on each other. {self._layout}."
         return SolverError(
-            f"Cholesky: {'the' if self.blocks == 1 else 'a block of the'} {size} training Hessian, with "
-            f"decay and damping, is not positive definite: its smallest eigenvalue is {smallest:.3g}. "
-            "Training is not at a minimum, or the minimum is not unique: train longer, add weight decay, or "
-            f"pass Cholesky(damping=...) above {self.damping + max(-smallest, 0):.3g}."
+            f"Cholesky: {apart}the training Hessian, {matrices.shape[-1]} x {matrices.shape[-1]} with decay "
+            f"and damping, is not positive definite: its smallest eigenvalue is {smallest:.3g}. Training is "
+            "not at a minimum, or the minimum is not unique: train longer, add weight decay, or pass "
+            f"Cholesky(damping=...) above {self.damping + max(-smallest, 0):.3g}.{layout}"
         )
 
-    def _check_apart(self, residual: float, norm: float, size: float, b: Tensor) -> None:
-        """Refuses what is left beyond rounding."""
+    def _check_apart(self, rest: Tensor, b: Tensor, matrices: Tensor, x: Tensor) -> None:
+        """Refuses what is left of any block beyond rounding: a large block must not hide a small one."""
+        left, given = (of.view(self.blocks, -1).norm(dim=1) for of in (rest, b))
+        sizes = matrices.norm(dim=(1, 2)) * x.norm(dim=(1, 2))
         rounding = torch.finfo(b.dtype).eps
-        if not residual <= rounding**0.5 * norm + 10 * len(b) * rounding * size:
+        excess = left - (rounding**0.5 * given + 10 * matrices.shape[-1] * rounding * sizes)
+        if not bool((excess <= 0).all()):
+            worst = int(excess.argmax())
             raise SolverError(
-                f"Cholesky(blocks={self.blocks}): the solution leaves a relative residual of "
-                f"{residual / norm:.3g}, so the blocks depend on each other, or do not lie one after the "
-                f"other. Stack the models in one parameter of shape ({self.blocks}, ...) with a loss that is "
-                "a sum over its first dimension, or leave blocks out."
+                f"Cholesky(blocks={self.blocks}): the solution leaves a residual of {float(left[worst]):.3g} "
+                f"in block {worst} (counted from 0), where the right-hand side has "
+                f"{float(given[worst]):.3g}: the blocks depend on each other, or do not lie one after the "
+                f"other. {self._layout}, or leave blocks out."
             )
+
+    @property
+    def _layout(self) -> str:
+        return (
+            f"Stack the models in one parameter of shape ({self.blocks}, ...) with a loss that is a sum over "
+            "its first dimension"
+        )

@@ -30,6 +30,12 @@ class Hypergradient:
             if part is not None:
                 self._total(tuned).add_(part)
 
+    def scale(self, factor: float) -> None:
+        """Multiplies what was added so far."""
+        if factor != 1:
+            for part in (*self._totals.values(), *self._direct.values()):
+                part.mul_(factor)
+
     def add_direct(self, tuned: TunedSetting | TunedTensor, part: Tensor | None) -> None:
         """Adds a part that has the shape of the values already."""
         if part is not None:

@@ -66,12 +66,24 @@ class Scale:
                 f"Hyperparameter {name!r}: log=True with a value of {in_brief(values.min())}. The logarithm "
                 "needs a positive start: pass init=1e-5 or the like, or log=False, which may start at 0."
             )
-        if (values < self.low).any() or (values > self.high).any():
+        if self._is_out(values):
             raise ValueError(
                 f"Hyperparameter {name!r}: the value {in_brief(values)} is out of the bounds [{self.low}, "
                 f"{self.high}]. Pass init inside them, or other bounds as low and high: without these, a "
                 "setting's legal range bounds it."
             )
+
+    def _is_out(self, values: Tensor) -> bool:
+        """Whether values are out of bounds; on a log scale by more than the rounding of logarithms, since the
+        exponential of a bound's logarithm may lie beyond it."""
+        if not self.log:
+            return bool((values < self.low).any() or (values > self.high).any())
+        leaf = values.log() if values.is_floating_point() else values.double().log()
+        rounding = 4 * torch.finfo(leaf.dtype).eps
+        low, high = self.leaf_bounds
+        above = low - rounding * (1 + abs(low)) <= leaf
+        below = leaf <= high + rounding * (1 + abs(high))  # never, if high is not positive: its log is -inf
+        return not bool((above & below).all())
 
 
 def in_brief(values: Tensor) -> str:
