@@ -1,9 +1,9 @@
 """T1-T2: weight decay and the noise on the inputs are tuned while the network trains, one step at a time.
 
 As in Luketina et al. 2016. Every tenth training step is differentiated, and it alone: how would the
-validation loss after it change with the decay, and with the standard deviation of the noise, that it was
-taken with? One training run from a bad start (decay 0.01, noise 1) is compared with the best of a grid of twelve runs, and
-with a run that starts at that best: the step is greedy, and may leave a good place again.
+validation loss after it change with the decay and the standard deviation of the noise that it was taken
+with? One training run from a bad start (decay 0.01, noise 1) is compared with the best of a grid of twelve
+runs, and with a run that starts at that best: the step is greedy, and may leave a good place again.
 
     python examples/t1t2.py
     python examples/t1t2.py --train-size 200                                       # where it does so
