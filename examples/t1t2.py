@@ -1,9 +1,9 @@
 """T1-T2: weight decay and the noise on the inputs are tuned while the network trains, one step at a time.
 
-As in Luketina et al. 2016. Every tenth training step is differentiated, and it alone: how would the
-validation loss after it change with the decay and the standard deviation of the noise that it was taken
-with? One training run from a bad start (decay 0.01, noise 1) is compared with the best of a grid of twelve
-runs, and with a run that starts at that best: the step is greedy, and may leave a good place again.
+As in Luketina et al. 2016. Every tenth training step is differentiated, and it alone: how does the validation
+loss after it change with the decay, and with the standard deviation of the noise, that it was taken with?
+One run from a bad start (decay 0.01, noise 1) is compared with the best of a grid of twelve runs, and with a
+run that starts at that best: the step is greedy, and may leave a good place again.
 
     python examples/t1t2.py
     python examples/t1t2.py --train-size 200                                       # where it does so
@@ -72,7 +72,7 @@ def tune(data: Data, seed: int, num_steps: int, decay: float, noise: float) -> t
         hyper_optimizer=partial(torch.optim.Adam, lr=0.2, betas=(0.5, 0.9)),
         val_loss=loss_of,
     )
-    path = [(decay, noise)]
+    path = [(decay, std.item())]
     val_batches = random_batches(data.val, num_steps, BATCH_SIZE, seed + 1)
     for step, batch in enumerate(random_batches(data.train, num_steps, BATCH_SIZE, seed), start=1):
         hyper.step(batch)
@@ -92,7 +92,7 @@ def draw(paths: dict[str, list[Pair]]) -> Figure:
     for panel, place, title in zip(figure.subplots(1, 2), (0, 1), ("weight decay", "noise on the inputs")):
         for (name, path), color in zip(paths.items(), ("#D55E00", "#0072B2")):
             steps = [HYPER_EVERY * number for number in range(len(path))]
-            panel.plot(steps, [max(values[place], 1e-6) for values in path], color=color, label=name)
+            panel.plot(steps, [values[place] for values in path], color=color, label=name)
         panel.set(title=title, xlabel="training step", yscale="log")
         panel.grid(alpha=0.3)
     panel.legend(frameon=False)

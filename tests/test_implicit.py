@@ -132,8 +132,7 @@ def test_damping_is_added_to_the_hessian(solver: Solver) -> None:
 
 
 def test_identity_is_the_derivative_of_one_step_of_sgd() -> None:
-    """T1-T2: with the learning rate as scale, the hypergradient of a window
-    of one step (up to where L is taken)."""
+    """A step of SGD taken at the optimum: T1-T2's product, one step later."""
     w = RIDGE.optimum()
     hyper = RIDGE.at_optimum(Implicit(Identity(scale=0.05)))
     assert relative_error(entry(hyper.hypergradient(RIDGE.val)), -0.05 * w * RIDGE.val_gradient(w)) < 1e-12

@@ -18,8 +18,8 @@ from torch_hypergrad import (
     Identity,
     Implicit,
     Unrolled,
+    t1t2,
 )
-from torch_hypergrad.methods.unrolled import t1t2
 
 LR = 0.1
 TRAIN, VAL = random_batch(20, 4, seed=1), random_batch(15, 4, seed=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,32 @@ from optuna.trial import FrozenTrial, TrialState
 Points = NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class Tried:
+    """What finished trials say, one or more, in the order of their numbers.
+
+    Args:
+        points: of the unit cube, of shape ``(n, d)``.
+        losses: what is to be minimized, of shape ``(n,)``.
+        numbers: those of the trials, of shape ``(n,)``. They have gaps where trials failed or still run.
+    """
+
+    points: Points
+    losses: Points
+    numbers: NDArray[np.int64]
+
+    @property
+    def best(self) -> int:
+        """The first place of the lowest loss."""
+        return int(np.argmin(self.losses))
+
+    def spread(self, num: int) -> float:
+        """A unit for differences of losses: the distance between the quartiles of the first ``num``, or 1
+        where there is none."""
+        low, high = np.quantile(self.losses[:num], [0.25, 0.75])
+        return float(high - low) or 1.0
+
+
 class CubeSampler(BaseSampler):
     """Proposes points of the unit cube by those that were tried, with the losses there. All that it knows is
     in the storage: it goes on after a stop, and several workers may share it.
@@ -36,17 +62,26 @@ class CubeSampler(BaseSampler):
         self._random = RandomSampler(seed=seed)
 
     @abstractmethod
-    def propose(self, points: Points, losses: Points, rng: np.random.Generator) -> Points:
-        """The next point, of shape ``(d,)``; what leaves the cube is reflected back.
+    def propose(self, tried: Tried, number: int, rng: np.random.Generator) -> Points:
+        """The point of the next trial, of shape ``(d,)``; what leaves the cube is reflected back.
 
         Args:
-            points: those that were tried, one or more, oldest first, of shape ``(n, d)``.
-            losses: what is to be minimized, of shape ``(n,)``.
+            tried: what is known.
+            number: that of the trial. No other has it, of whatever worker.
             rng: random numbers, the same for the same seed and trial.
         """
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """What all finished trials have in common, single values aside."""
+        """What all finished trials have in common, single values aside.
+
+        Raises:
+            ValueError: for a study of several objectives.
+        """
+        if len(study.directions) > 1:
+            raise ValueError(
+                f"{type(self).__name__} minimizes or maximizes one value, and the study has "
+                f"{len(study.directions)} objectives. Take sampler='nsga2', or one objective."
+            )
         space = intersection_search_space(study.get_trials(deepcopy=False))
         return {name: of_one for name, of_one in space.items() if not of_one.single()}
 
@@ -60,8 +95,9 @@ class CubeSampler(BaseSampler):
         points = np.array([[to_unit(search_space[n], t.params[n]) for n in search_space] for t in done])
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
         losses = sign * np.array([t.value for t in done], dtype=np.float64)
+        tried = Tried(points, losses, np.array([t.number for t in done]))
         rng = np.random.default_rng(None if self._seed is None else [self._seed, trial.number])
-        point = reflected(self.propose(points, losses, rng))
+        point = reflected(self.propose(tried, trial.number, rng))
         return {name: from_unit(of_one, u) for (name, of_one), u in zip(search_space.items(), point)}
 
     def sample_independent(
@@ -93,7 +129,7 @@ def to_unit(distribution: BaseDistribution, value: Any) -> float:
 
 
 def from_unit(distribution: BaseDistribution, u: float) -> Any:
-    """The transpose, rounded to what the distribution has."""
+    """The inverse of :func:`to_unit`, rounded to what the distribution has."""
     if isinstance(distribution, CategoricalDistribution):
         num = len(distribution.choices)
         return distribution.choices[min(int(u * num), num - 1)]
@@ -121,14 +157,3 @@ def _range(distribution: BaseDistribution) -> tuple[float, float]:
         )
     low, high = float(distribution.low), float(distribution.high)
     return (math.log(low), math.log(high)) if distribution.log else (low, high)
-
-
-def spread_of(losses: Sequence[float] | Points) -> float:
-    """A unit for differences of losses: the distance between their quartiles, or 1 where there is none."""
-    quartiles = np.quantile(losses, [0.25, 0.75])
-    return float(quartiles[1] - quartiles[0]) or 1.0
-
-
-def best_of(losses: Points) -> int:
-    """Which is the lowest."""
-    return int(np.argmin(losses))

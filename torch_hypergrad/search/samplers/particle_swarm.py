@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import CubeSampler, Points, best_of
+from .base import CubeSampler, Points, Tried
 
 
 class ParticleSwarm(CubeSampler):
@@ -12,8 +12,8 @@ class ParticleSwarm(CubeSampler):
 
     .. math:: v \leftarrow w v + c_1 r_1 (p - x) + c_2 r_2 (g - x), \qquad x \leftarrow x + v,
 
-    with random :math:`r_1, r_2` between 0 and 1. The k-th trial is the next place of particle k modulo
-    ``num_particles``; its velocity is the way between its last two places.
+    with random :math:`r_1, r_2` between 0 and 1. Trial number k is the next place of particle k modulo
+    ``num_particles``; its velocity is the way between its last two places, of those that are finished.
 
     Args:
         seed: of its random numbers.
@@ -36,12 +36,13 @@ class ParticleSwarm(CubeSampler):
         super().__init__(seed)
         self._num, self._inertia, self._own, self._common = num_particles, inertia, own, common
 
-    def propose(self, points: Points, losses: Points, rng: np.random.Generator) -> Points:
-        particle, width = len(points) % self._num, points.shape[1]
-        path, found = points[particle :: self._num], losses[particle :: self._num]
+    def propose(self, tried: Tried, number: int, rng: np.random.Generator) -> Points:
+        width = tried.points.shape[1]
+        mine = tried.numbers % self._num == number % self._num
+        path, found = tried.points[mine], tried.losses[mine]
         if not len(path):
-            return rng.random(points.shape[1:])
+            return rng.random(width)
         velocity = path[-1] - path[-2] if len(path) > 1 else (rng.random(width) - 0.5) * 0.2
-        to_own, to_best = path[best_of(found)] - path[-1], points[best_of(losses)] - path[-1]
+        to_own, to_best = path[np.argmin(found)] - path[-1], tried.points[tried.best] - path[-1]
         pull = self._own * rng.random(width) * to_own + self._common * rng.random(width) * to_best
         return np.add(path[-1], self._inertia * velocity + pull)

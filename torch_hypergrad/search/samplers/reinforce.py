@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import CubeSampler, Points, spread_of
+from .base import CubeSampler, Points, Tried
 
 
 class Reinforce(CubeSampler):
@@ -16,8 +16,9 @@ class Reinforce(CubeSampler):
               \qquad A = \frac{b - \ell}{s},
 
     the gradient of the expected loss by its logarithm's derivative, in units of :math:`\sigma^2`, with the
-    running mean b of the losses as baseline and the distance s between their quartiles as unit. A is kept
-    between -1 and 1, so that no single point leads away.
+    mean b of the losses so far as baseline and the distance s between their quartiles as unit. A is kept
+    between -1 and 1 and the square over :math:`\sigma^2` below 4, so that no single point leads away; the
+    mean stays in the cube, and :math:`\sigma` between 0.02 and 0.5. Choices lie on a line, in their order.
 
     Args:
         seed: of its random numbers.
@@ -38,14 +39,13 @@ class Reinforce(CubeSampler):
         super().__init__(seed)
         self._mean_rate, self._width_rate, self._width = mean_rate, width_rate, width
 
-    def propose(self, points: Points, losses: Points, rng: np.random.Generator) -> Points:
-        unit = spread_of(losses)
-        mean, log_width = np.full(points.shape[1], 0.5), np.full(points.shape[1], np.log(self._width))
-        baselines = np.cumsum(losses) / np.arange(1, len(losses) + 1)
-        for point, loss, baseline in zip(points, losses, baselines):
-            advantage = np.clip((baseline - loss) / unit, -1.0, 1.0)
-            relative = (point - mean) / np.exp(log_width)
+    def propose(self, tried: Tried, number: int, rng: np.random.Generator) -> Points:
+        width = tried.points.shape[1]
+        mean, log_width = np.full(width, 0.5), np.full(width, np.log(self._width))
+        for k, (point, loss) in enumerate(zip(tried.points, tried.losses), start=1):
+            advantage = np.clip((tried.losses[:k].mean() - loss) / tried.spread(k), -1.0, 1.0)
+            squares = ((point - mean) / np.exp(log_width)) ** 2
             mean = np.clip(mean + self._mean_rate * advantage * (point - mean), 0.0, 1.0)
-            log_width += self._width_rate * advantage * np.clip(relative**2 - 1, -1.0, 3.0)
+            log_width += self._width_rate * advantage * (np.minimum(squares, 4.0) - 1)
             log_width = np.clip(log_width, np.log(0.02), np.log(0.5))
-        return mean + np.exp(log_width) * rng.standard_normal(points.shape[1])
+        return mean + np.exp(log_width) * rng.standard_normal(width)

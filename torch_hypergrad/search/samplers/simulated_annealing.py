@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import CubeSampler, Points, spread_of
+from .base import CubeSampler, Points, Tried
 
 
 class SimulatedAnnealing(CubeSampler):
     r"""A walk that accepts a worse point with probability :math:`e^{-\Delta / T}`, the less often the longer
-    it goes on: :math:`T_k = T_0\, q^k`. Steps are normal ones, which shrink with the temperature.
+    it goes on: :math:`T_k = T_0\, q^k` at trial number k. Steps are normal ones, which shrink as the
+    temperature does, to a twentieth at the end. The dice of trial k are the same for everyone, so that all
+    workers agree on the walk so far.
 
     Args:
         seed: of its random numbers.
-        temperature: :math:`T_0`, in units of the distance between the quartiles of all losses.
+        temperature: :math:`T_0`, in units of the distance between the quartiles of the losses up to then.
         cooling: q, below 1.
         step: standard deviation of the first steps, as a part of each range.
 
@@ -26,12 +28,11 @@ class SimulatedAnnealing(CubeSampler):
         super().__init__(seed)
         self._temperature, self._cooling, self._step = temperature, cooling, step
 
-    def propose(self, points: Points, losses: Points, rng: np.random.Generator) -> Points:
-        unit, dice = spread_of(losses), np.random.default_rng(0)  # the walk so far is the same for everyone
+    def propose(self, tried: Tried, number: int, rng: np.random.Generator) -> Points:
         current = 0
-        for k in range(1, len(losses)):
-            rise = (losses[k] - losses[current]) / unit
-            if dice.random() < np.exp(-max(rise, 0.0) / (self._temperature * self._cooling**k)):
-                current = k
-        width = self._step * max(self._cooling ** len(losses), 0.05)
-        return points[current] + width * rng.standard_normal(points.shape[1])
+        for i, k in enumerate(tried.numbers):
+            rise = max(tried.losses[i] - tried.losses[current], 0.0) / tried.spread(i + 1)
+            if np.random.default_rng(k).random() < np.exp(-rise / (self._temperature * self._cooling**k)):
+                current = i
+        width = self._step * max(self._cooling**number, 0.05)
+        return tried.points[current] + width * rng.standard_normal(tried.points.shape[1])
