@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from bisect import insort
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,15 @@ class Tried:
         """The first place of the lowest loss."""
         return int(np.argmin(self.losses))
 
-    def spread(self, num: int) -> float:
-        """A unit for differences of losses: the distance between the quartiles of the first ``num``, or 1
-        where there is none."""
-        low, high = np.quantile(self.losses[:num], [0.25, 0.75])
-        return float(high - low) or 1.0
+    def spreads(self) -> list[float]:
+        """A unit for differences of losses as each trial ended: the distance between the quartiles of the
+        losses up to it, or 1 where there is none."""
+        ordered: list[float] = []
+        found = []
+        for loss in self.losses.tolist():
+            insort(ordered, loss)
+            found.append(_quantile(ordered, 0.75) - _quantile(ordered, 0.25) or 1.0)
+        return found
 
 
 class CubeSampler(BaseSampler):
@@ -120,7 +125,7 @@ def finished(study: Study) -> list[FrozenTrial]:
 
 
 def to_unit(distribution: BaseDistribution, value: Any) -> float:
-    """Where a setting lies between 0 and 1; a choice in the middle of its own stretch."""
+    """Where a setting lies between 0 and 1; one of few values in the middle of its own stretch."""
     if isinstance(distribution, CategoricalDistribution):
         return (distribution.to_internal_repr(value) + 0.5) / len(distribution.choices)
     low, high = _range(distribution)
@@ -155,5 +160,13 @@ def _range(distribution: BaseDistribution) -> tuple[float, float]:
             f"This sampler knows ranges and choices, and the trial suggests a {type(distribution).__name__}. "
             "Take suggest_float, suggest_int or suggest_categorical, or sampler='random'."
         )
-    low, high = float(distribution.low), float(distribution.high)
+    half = (distribution.step or 0.0) / 2  # so that the ends have as much room as what lies between
+    low, high = distribution.low - half, distribution.high + half
     return (math.log(low), math.log(high)) if distribution.log else (low, high)
+
+
+def _quantile(ordered: list[float], part: float) -> float:
+    place = part * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])

@@ -37,7 +37,7 @@ class ParticleSwarm(CubeSampler):
         self._num, self._inertia, self._own, self._common = num_particles, inertia, own, common
 
     def propose(self, tried: Tried, number: int, rng: np.random.Generator) -> Points:
-        width = tried.points.shape[1]
+        width: int = tried.points.shape[1]
         mine = tried.numbers % self._num == number % self._num
         path, found = tried.points[mine], tried.losses[mine]
         if not len(path):
@@ -45,4 +45,4 @@ class ParticleSwarm(CubeSampler):
         velocity = path[-1] - path[-2] if len(path) > 1 else (rng.random(width) - 0.5) * 0.2
         to_own, to_best = path[np.argmin(found)] - path[-1], tried.points[tried.best] - path[-1]
         pull = self._own * rng.random(width) * to_own + self._common * rng.random(width) * to_best
-        return np.add(path[-1], self._inertia * velocity + pull)
+        return path[-1] + self._inertia * velocity + pull

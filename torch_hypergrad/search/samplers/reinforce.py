@@ -42,8 +42,9 @@ class Reinforce(CubeSampler):
     def propose(self, tried: Tried, number: int, rng: np.random.Generator) -> Points:
         width = tried.points.shape[1]
         mean, log_width = np.full(width, 0.5), np.full(width, np.log(self._width))
-        for k, (point, loss) in enumerate(zip(tried.points, tried.losses), start=1):
-            advantage = np.clip((tried.losses[:k].mean() - loss) / tried.spread(k), -1.0, 1.0)
+        baselines = np.cumsum(tried.losses) / np.arange(1, len(tried.losses) + 1)
+        advantages = np.clip((baselines - tried.losses) / tried.spreads(), -1.0, 1.0)
+        for point, advantage in zip(tried.points, advantages):
             squares = ((point - mean) / np.exp(log_width)) ** 2
             mean = np.clip(mean + self._mean_rate * advantage * (point - mean), 0.0, 1.0)
             log_width += self._width_rate * advantage * (np.minimum(squares, 4.0) - 1)

@@ -30,8 +30,8 @@ class SimulatedAnnealing(CubeSampler):
 
     def propose(self, tried: Tried, number: int, rng: np.random.Generator) -> Points:
         current = 0
-        for i, k in enumerate(tried.numbers):
-            rise = max(tried.losses[i] - tried.losses[current], 0.0) / tried.spread(i + 1)
+        for i, (k, unit) in enumerate(zip(tried.numbers, tried.spreads())):
+            rise = max(tried.losses[i] - tried.losses[current], 0.0) / unit
             if np.random.default_rng(k).random() < np.exp(-rise / (self._temperature * self._cooling**k)):
                 current = i
         width = self._step * max(self._cooling**number, 0.05)
