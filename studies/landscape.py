@@ -1,12 +1,13 @@
 """Every searcher and the hypergradient on one problem, as the number of values to tune grows.
 
-    python -m studies.landscape [--seeds 5] [--evals 60] [--searchers tpe gp ...] [--out docs/results]
+    python -m studies.landscape [--seeds 5] [--evals 60] [--values 1 10 65] [--searchers tpe gp ...]
 
 Ridge regression on scikit-learn's diabetes with all quadratic features (65), 150 rows to train on, 150 to
 validate, 142 to test, drawn anew for each seed. Tuned is one decay, one for each of ten groups of features
 (those that begin with the same variable), or one for each feature, between 1e-4 and 1e3 on a log scale. An
 evaluation is one training and its validation loss; that of a hypergradient counts as two, as it solves once
-more with the same matrix. It draws landscape_ridge.png in the folder, and prints the table of landscape.md.
+more with the same matrix. It draws landscape_ridge.png in the folder --out, docs/results if not given, and
+prints the table of landscape.md.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import optuna
@@ -29,7 +32,7 @@ from torch import Tensor, nn
 
 from torch_hypergrad import Cholesky, HyperOptimizer, Hyperparameter, Implicit
 from torch_hypergrad.bilevel import fit, minimize
-from torch_hypergrad.search import create_study
+from torch_hypergrad.search import create_study, make_sampler
 
 LOW, HIGH, START = 1e-4, 1e3, 1.0
 SEARCHERS = (
@@ -93,7 +96,8 @@ class Run:
 def searched(problem: Ridge, sampler: str, num_values: int, seed: int, evals: int) -> Run:
     """By one of the searchers."""
     space = {f"decay{i}": {"type": "float", "low": LOW, "high": HIGH, "log": True} for i in range(num_values)}
-    study = create_study(space, sampler=sampler, seed=seed)
+    options = {"points": evals} if sampler == "grid" else {}
+    study = create_study(space, sampler=make_sampler(sampler, space, seed=seed, **options))
 
     def decays_of(values: dict[str, float]) -> Tensor:
         return torch.tensor([values[name] for name in space], dtype=torch.float64)
@@ -153,53 +157,69 @@ def best_at(run: Run, cost: float) -> float:
 def runs_of(num_values: int, seeds: int, evals: int, searchers: Sequence[str]) -> dict[str, list[Run]]:
     """Of each searcher one for each seed; a grid alone where it has a point for each evaluation."""
     problems = [Ridge.make(seed, num_values) for seed in range(seeds)]
-    methods: dict[str, Callable[[Ridge, int], Run]] = {
-        name: lambda p, s, name=name: searched(p, name, num_values, s, evals)  # type: ignore[misc]
-        for name in searchers
-    }
-    if "grid" in methods:
-        methods["grid"] = lambda problem, seed: grid(problem, evals)
-    if num_values > 1:
-        methods.pop("grid", None)
-    methods[HYPERGRADIENT] = lambda problem, seed: by_hypergradient(problem, num_values, seed, evals)
     found = {}
-    for name, method in methods.items():
+    for name in (*searchers, HYPERGRADIENT):
+        if name == "grid" and num_values > 1:
+            continue
+        search = by_hypergradient if name == HYPERGRADIENT else partial(searched, sampler=name)
         began = time.perf_counter()
-        found[name] = [method(problem, seed) for seed, problem in enumerate(problems)]
+        found[name] = [
+            search(problem, num_values=num_values, seed=seed, evals=evals)
+            for seed, problem in enumerate(problems)
+        ]
         print(f"{num_values} values, {name}: {time.perf_counter() - began:.0f} s", flush=True)
     return found
 
 
-def grid(problem: Ridge, evals: int) -> Run:
-    """Evenly spaced on the log scale."""
-    decays = torch.logspace(np.log10(LOW), np.log10(HIGH), evals, dtype=torch.float64)
-    losses = [problem.loss(decay[None], problem.val) for decay in decays]
-    best = decays[int(np.argmin(losses))]
-    return Run([float(n) for n in range(1, evals + 1)], losses, problem.loss(best[None], problem.test))
+Found = dict[str, dict[str, list[Run]]]
+"""Runs by problem and searcher."""
 
 
-def draw(found: dict[int, dict[str, list[Run]]], evals: int, path: Path) -> None:
+def draw(found: Found, budget: int, unit: str, path: Path) -> None:
     """Medians of the best so far against cost."""
     figure = Figure(figsize=(13, 4.8), layout="constrained")
-    for axes, (num_values, runs) in zip(figure.subplots(1, len(found)), found.items()):
+    costs = np.linspace(0, budget, 241)
+    for axes, (title, runs) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+        lowest, highest = np.inf, 0.0
         for name, of_seeds in runs.items():
-            costs = np.arange(1, evals + 1)
-            medians = [median(best_at(run, cost) for run in of_seeds) for cost in costs]
-            color = "black" if name == HYPERGRADIENT else f"C{SEARCHERS.index(name)}"
-            width = 2.5 if name == HYPERGRADIENT else 1.2
-            label = name.replace("_", " ")
-            axes.step(costs, medians, where="post", label=label, color=color, linewidth=width)
-        lowest = min(best_at(run, evals) for of_seeds in runs.values() for run in of_seeds)
+            medians = np.array([median(best_at(run, cost) for run in of_seeds) for cost in costs])
+            lowest, highest = min(lowest, medians[-1]), max(highest, medians[-1])
+            axes.step(costs, medians, where="post", label=name.replace("_", " "), **line_of(name))
         axes.set(
-            title=f"{num_values} decay{'s' if num_values > 1 else ''}",
-            xlabel="cost (trainings)",
-            ylim=(0.98 * lowest, 1.4 * lowest),
+            title=title, xlabel=f"cost ({unit})", ylim=(lowest - 0.02, lowest + 2 * (highest - lowest) + 0.02)
         )
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("validation loss, best so far (median)")
     handles = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=6, fontsize=9)
     figure.savefig(path, dpi=110)
+
+
+def line_of(name: str) -> dict[str, Any]:
+    """Hypergradients are black, pruned searches broken."""
+    if name.startswith(HYPERGRADIENT):
+        return {"color": "black", "linewidth": 2.5, "linestyle": "--" if "implicit" in name else "-"}
+    sampler, _, pruner = name.partition(" + ")
+    style = {"": "-", "asha": "--", "hyperband": ":"}.get(pruner, "-.")
+    return {"color": f"C{SEARCHERS.index(sampler)}", "linewidth": 1.2, "linestyle": style}
+
+
+def table(found: Found, early: float, budget: float) -> str:
+    """Medians of the best validation losses within two costs, and of the test loss where the last one is."""
+    columns: list[tuple[str, Callable[[Run], float]]] = [
+        (f"after {early:g}", lambda run: best_at(run, early)),
+        (f"after {budget:g}", lambda run: best_at(run, budget)),
+        ("test", lambda run: run.test),
+    ]
+    rows = []
+    for name in dict.fromkeys(name for runs in found.values() for name in runs):
+        row = [name.replace("_", " ")]
+        for runs in found.values():
+            of_seeds = runs.get(name, [])
+            row += [f"{median(map(what, of_seeds)):.3f}" if of_seeds else "" for _, what in columns]
+        rows.append(row)
+    headers = ["", *(f"{title}: {what}" for title in found for what, _ in columns)]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
 def main() -> None:
@@ -215,23 +235,12 @@ def main() -> None:
     args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
-    found = {num: runs_of(num, args.seeds, args.evals, args.searchers) for num in args.values}
-    draw(found, args.evals, args.out / "landscape_ridge.png")
-    names = list(dict.fromkeys(name for runs in found.values() for name in runs))
-    rows = []
-    for name in names:
-        row = [name.replace("_", " ")]
-        for runs in found.values():
-            of_seeds = runs.get(name, [])
-            for what in (
-                lambda run: best_at(run, 20),
-                lambda run: best_at(run, args.evals),
-                lambda run: run.test,
-            ):
-                row.append(f"{median(map(what, of_seeds)):.3f}" if of_seeds else "")
-        rows.append(row)
-    headers = ["", *(f"{n}: {what}" for n in found for what in ("after 20", f"after {args.evals}", "test"))]
-    print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
+    found = {
+        f"{num} decay{'s' if num > 1 else ''}": runs_of(num, args.seeds, args.evals, args.searchers)
+        for num in args.values
+    }
+    draw(found, args.evals, "trainings", args.out / "landscape_ridge.png")
+    print(table(found, 20, args.evals))
 
 
 if __name__ == "__main__":

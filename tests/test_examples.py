@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import io
 import os
 import re
 import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.image import imread
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -23,13 +26,26 @@ NAMES = sorted(
 """Those that train networks on images, with the options that come with it."""
 
 
-def run_example(name: str, *args: object) -> str:
-    """What it prints."""
+def start_example(name: str, *args: object) -> str:
+    """What it prints in a process of its own."""
     command = [sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, args)]
     surroundings = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=surroundings, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_example(name: str, *args: object) -> str:
+    """What it prints in this process, which has imported all already."""
+    printed, before, path, num_threads = io.StringIO(), sys.argv, sys.path, torch.get_num_threads()
+    sys.argv, sys.path = [name, *map(str, args)], [str(EXAMPLES), *path]
+    try:
+        with redirect_stdout(printed):
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    finally:
+        sys.argv, sys.path = before, path
+        torch.set_num_threads(num_threads)
+    return printed.getvalue()
 
 
 def rows_of(table: str) -> dict[str, list[str]]:
@@ -60,7 +76,7 @@ def test_every_example_is_short_and_says_what_it_is(path: Path) -> None:
 
 
 def test_drop_in() -> None:
-    printed = run_example("drop_in.py", "--steps", 200)
+    printed = start_example("drop_in.py", "--steps", 200)
     assert re.search(r"step 200: validation loss 0\.\d+, weight decay 0\.00\d+", printed)
     rows = rows_of(printed)
     for name in ("tuned while training", "fixed at the start", "none", "fixed at what was learned"):

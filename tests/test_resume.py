@@ -257,15 +257,12 @@ def kill_and_resume(config: Path, run: Path, num_kills: int, seed: int) -> int:
     return writing
 
 
-LONGER = {"unrolled": "--train.steps=1200", "implicit": "--train.epochs=400"}
-
-
-def kill_test(name: str, num_kills: int, tmp_path: Path) -> int:
+def kill_test(name: str, longer: str, num_kills: int, tmp_path: Path) -> int:
     config = tmp_path / "config.yaml"
     config.write_text(CONFIGURATIONS[name])
-    longer = run_command("train", "--config", config, LONGER[name], "--print_config")
-    assert longer.returncode == 0, longer.stderr
-    config.write_text(longer.stdout)
+    printed = run_command("train", "--config", config, longer, "--print_config")
+    assert printed.returncode == 0, printed.stderr
+    config.write_text(printed.stdout)
     done = run_command("train", "--config", config, "--output.folder", tmp_path / "whole")
     assert done.returncode == 0, done.stderr
     writing = kill_and_resume(config, tmp_path / "killed", num_kills, seed=num_kills)
@@ -274,13 +271,15 @@ def kill_test(name: str, num_kills: int, tmp_path: Path) -> int:
 
 
 def test_a_killed_process_ends_the_same(tmp_path: Path) -> None:
-    kill_test("unrolled", 2, tmp_path)
+    kill_test("unrolled", "--train.steps=300", 2, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(LONGER))
-def test_a_process_killed_twenty_times_ends_the_same(name: str, tmp_path: Path) -> None:
-    assert kill_test(name, 20, tmp_path) >= 3, "killed while writing a checkpoint"
+@pytest.mark.parametrize(
+    ("name", "longer"), [("unrolled", "--train.steps=1200"), ("implicit", "--train.epochs=400")]
+)
+def test_a_process_killed_twenty_times_ends_the_same(name: str, longer: str, tmp_path: Path) -> None:
+    assert kill_test(name, longer, 20, tmp_path) >= 3, "killed while writing a checkpoint"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
