@@ -187,6 +187,22 @@ def test_t1t2(tmp_path: Path) -> None:
     check_picture(tmp_path / "values.png", printed)
 
 
+def test_darts(tmp_path: Path) -> None:
+    printed = run_example("darts.py", "--steps", 12, "--seeds", 2, "--out", tmp_path)
+    rows = rows_of(printed)
+    rows.pop("cell")
+    assert len(rows) == 16
+    losses = [float(row[1]) for row in rows.values()]
+    assert losses == sorted(losses)
+    assert [int(row[0]) for row in rows.values()] == list(range(1, 17))
+    for order, column in ((2, 4), (1, 5)):
+        finders = {name: row[column] for name, row in rows.items() if row[column]}
+        assert sorted(", ".join(finders.values()).split(", ")) == ["0", "1"], "each search finds one cell"
+        best = next(iter(finders))
+        assert f"Order {order}, the best cell found: {best}: rank {rows[best][0]} of 16" in printed
+    check_picture(tmp_path / "shares.png", printed)
+
+
 def test_drmad() -> None:
     rows = rows_of(run_example("drmad.py", "--steps", 60, "--seeds", 1, "--rounds", 4))
     for name in ("DrMAD, 6 points", "DrMAD, all 60 points", "exact: Unrolled"):
