@@ -172,7 +172,9 @@ def test_two_processes_cannot_train_in_one_folder(whole: tuple[Config, Path], tm
 def test_another_configuration_in_the_same_folder_is_refused(whole: tuple[Config, Path]) -> None:
     config, run = whole
     other = replace(config, train=replace(config.train, seed=99))
-    with pytest.raises(ConfigError, match=r"holds a run of another configuration: train is .*'seed': 99"):
+    with pytest.raises(
+        ConfigError, match=r"holds a run of another configuration: train\.seed was \d+, is 99"
+    ):
         run_in(other, RunFolder(run), NO_STOP, quiet=True)
     quieter = replace(config, output=replace(config.output, log_every=7))
     assert run_in(quieter, RunFolder(run), NO_STOP, quiet=True)
@@ -186,9 +188,23 @@ def test_a_checkpoint_that_does_not_fit_an_edited_configuration_is_refused(tmp_p
     (tmp_path / "run" / "config.yaml").unlink()
     RunFolder(tmp_path / "run").create(implicit)
     with pytest.raises(
-        ConfigError, match=r"does not fit its configuration: .* saved with another optimizer: Adam there, SGD"
+        ConfigError, match=r"edited after the run had begun: .*optimizer\.name was Adam, is SGD.* Undo it"
     ):
         resume(tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_network_is_refused(whole: tuple[Config, Path], tmp_path: Path) -> None:
+    """As one of a module of one's own that was changed since, which the configuration does not show."""
+    config, _ = whole
+    folder = RunFolder(tmp_path)
+    run_in(config, folder, StopAfter(9), quiet=True)
+    state, _ = folder.load_checkpoint()
+    assert state is not None
+    model = state["training"]["model"]
+    model[next(iter(model))] = model[next(iter(model))][..., :1]
+    folder.save_checkpoint(state["progress"]["step"] + 1, state, keep=2)
+    with pytest.raises(ConfigError, match=r"does not fit its configuration: "):
+        run_in(config, folder, NO_STOP, quiet=True)
 
 
 def test_checkpoints_hold_no_pictures(whole: tuple[Config, Path], tmp_path: Path) -> None:

@@ -284,7 +284,8 @@ def test_train_ends_with_a_table_and_a_report(tmp_path: Path) -> None:
         output={"tensorboard": True},
     )
     done = run_command("train", "--config", "given.yaml", "--train.seed", 3, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("Nothing was tuned: all 3 hyper steps were skipped")
     assert re.search(r"train loss=\d\.\d+, val loss=\d\.\d+, weight_decay=0\.0\d+", done.stderr), "the bar"
     assert re.search(r"\| test +\| +\d+\.\d \| +\d\.\d+ \|", done.stdout), done.stdout
     named = re.search(r"Report: (runs/given-\d+-\d+/report/report\.html)", done.stdout)

@@ -72,9 +72,9 @@ INNER_ORDER = {
 # The same inside the user's layer. A report reads the files of runs, and knows nothing of what wrote them.
 EXPERIMENT_ORDER = (
     ("config",),
-    ("checks", "keys", "options", "order", "plain", "run_folder", "stopping"),
-    ("datasets", "models", "parsing", "metrics"),
-    ("data",),
+    ("checks", "edits", "keys", "options", "order", "plain", "stopping"),
+    ("datasets", "models", "parsing", "run_folder"),
+    ("data", "metrics"),
     ("objective",),
     ("build",),
     ("results",),

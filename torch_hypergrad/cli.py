@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -12,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from .experiment.config import Config, ConfigError
 from .experiment.parsing import add_config, config_of, parse
 
-OK, FAILED, REFUSED = 0, 1, 2
+OK, FAILED, REFUSED, UNTUNED = 0, 1, 2, 3
 STOPPED = 128  # and the number of the signal, as shells do
 
 
@@ -20,8 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit code: 0; 1 if training failed; 2 for a configuration or folder that is refused; 128 and the
-        signal's number if a signal stopped the run.
+        The exit code: 0; 1 if training failed, or its report could not be written; 2 for a configuration or
+        folder that is refused; 3 if all hyper steps of a run were skipped; 128 and the signal's number if a
+        signal stopped the run.
     """
     from .device.host_memory import keep_freed_memory
     from .experiment.loop import TrainingError
@@ -39,6 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(f"torch-hypergrad: error: {' '.join(str(error).split())}", REFUSED)
     except TrainingError as error:
         return _say(f"torch-hypergrad: {error}", FAILED)
+    except KeyboardInterrupt:
+        return _say(
+            "Interrupted at once: what came after the last checkpoint is lost. Go on with: torch-hypergrad "
+            "resume and the folder that was printed at the start.",
+            STOPPED + signal.SIGINT,
+        )
 
 
 @cache
@@ -104,42 +113,53 @@ def _train(parser: ArgumentParser, arguments: Namespace) -> int:
 def _resume(parser: ArgumentParser, arguments: Namespace) -> int:
     from .experiment import start
 
-    return _end(*start.resume(arguments.run_dir))
+    return _end(*start.resume(arguments.run_dir.expanduser()))
 
 
 def _report(parser: ArgumentParser, arguments: Namespace) -> int:
-    from .experiment.report import write_report
-
-    return _show(arguments.run_dirs, write_report(arguments.run_dirs, arguments.out))
+    out = arguments.out and arguments.out.expanduser()
+    return _show([folder.expanduser() for folder in arguments.run_dirs], out)
 
 
 def _compare(parser: ArgumentParser, arguments: Namespace) -> int:
     from .experiment.compare import compare
-    from .experiment.report import write_report
 
     config: Config = config_of(parser, arguments)
-    folder, runs, signal = compare(config, _name(arguments), arguments.seeds, arguments.jobs)
-    if signal is not None:
-        return _say(f"Stopped. Go on with the same command and --output.folder {folder}", STOPPED + signal)
+    folder, runs, stopped_by = compare(config, _name(arguments), arguments.seeds, arguments.jobs)
+    if stopped_by is not None:
+        return _say(
+            f"Stopped. Go on with the same command and --output.folder {folder}", STOPPED + stopped_by
+        )
     print()
-    return _show(runs, write_report(runs, folder / "report"))
+    return _show(runs, folder / "report")
 
 
-def _end(folder: Path, signal: int | None) -> int:
+def _end(folder: Path, stopped_by: int | None) -> int:
     """What a user sees at the end of training."""
-    from .experiment.report import write_report
-
-    if signal is not None:
-        return _say(f"Stopped. Go on with: torch-hypergrad resume {folder}", STOPPED + signal)
+    if stopped_by is not None:
+        return _say(f"Stopped. Go on with: torch-hypergrad resume {folder}", STOPPED + stopped_by)
     print()
-    return _show([folder], write_report([folder]))
+    code = _show([folder])
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if code == OK and summary["num_skipped"] and not summary["num_hyper_steps"]:
+        skipped = summary["num_skipped"]
+        return _say(
+            f"Nothing was tuned: all {skipped} hyper steps were skipped. The report says why.", UNTUNED
+        )
+    return code
 
 
-def _show(folders: Sequence[Path], page: Path) -> int:
-    """The table of runs, what their hyper steps warned of, and where the report is."""
-    from .experiment.report import table_of, warnings_of
+def _show(folders: Sequence[Path], out: Path | None = None) -> int:
+    """The table of runs, what their hyper steps warned of, and then, as it may fail, the report."""
+    from .experiment.report import table_of, warnings_of, write_report
 
-    print("\n\n".join([table_of(folders), *warnings_of(folders), f"Report: {page}"]))
+    print("\n\n".join([table_of(folders), *warnings_of(folders)]), flush=True)
+    try:
+        page = write_report(folders, out)
+    except OSError as error:
+        again = f"torch-hypergrad report {' '.join(map(str, folders))} --out FOLDER"
+        return _say(f"The report could not be written: {error}. Write it elsewhere: {again}", FAILED)
+    print(f"\nReport: {page}")
     return OK
 
 

@@ -131,7 +131,32 @@ def make_optimizer(name: str, options: dict[str, Any], section: str, params: lis
         ConfigError: one line that names the key under ``section``.
     """
     kind = _class_in(torch.optim, name, Optimizer, f"{section}.name")
+    if name in NOT_FOR_NETWORKS:
+        raise ConfigError(f"{section}.name={name} {NOT_FOR_NETWORKS[name]}. Take SGD, Adam or another one.")
+    for key, value in options.items():
+        reason = _why_not(key, value)
+        if reason is not None:
+            raise ConfigError(f"{section}.options.{key}={value}: {reason}")
     return call_with_options(kind, options, f"{section}.options", params, skip={"params"})
+
+
+NOT_FOR_NETWORKS = {
+    "SparseAdam": "needs sparse gradients, which no network here has",
+    "LBFGS": "evaluates the loss several times a step, which this loop does once",
+}
+
+
+def _why_not(key: str, value: Any) -> str | None:
+    """What torch takes for an option, and would not train."""
+    if key == "differentiable" and value:
+        return "hypergradients do not need it. Leave it out."
+    if key == "maximize" and value:
+        return "it would make the loss as large as possible. Leave it out."
+    if key == "momentum" and isinstance(value, (int, float)) and value >= 1:
+        return "steps would grow without end. It must be below 1."
+    if key == "lr" and isinstance(value, (int, float)) and abs(value) > torch.finfo(torch.float32).max:
+        return "it is beyond what float32 can hold. Take a smaller one."
+    return None
 
 
 def _scheduler(config: Config, optimizer: Optimizer) -> lr_scheduler.LRScheduler | None:

@@ -83,6 +83,8 @@ def _small_numbers(config: Config) -> Iterator[str]:
         yield f"train.seed must be in [0, 2**32), got {train.seed}."
     if train.clip_norm is not None and not 0 < train.clip_norm < float("inf"):
         yield f"train.clip_norm must be positive and finite, got {train.clip_norm}. null does not clip."
+    if config.output.folder is not None and not config.output.folder.strip():
+        yield "output.folder is empty. Name a folder, or set it to null for a new one in runs/."
     if not 0 <= config.data.label_noise < 1:
         yield f"data.label_noise is a fraction of the labels in [0, 1), got {config.data.label_noise}."
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -70,7 +73,7 @@ def compare(config: Config, name: str, num_seeds: int, num_jobs: int) -> tuple[P
         replace(config, train=replace(config.train, seed=config.train.seed + i)) for i in range(num_seeds)
     ]
     rivals = [Rivals(seed, folder) for seed in seeds]
-    with stop_on_signals() as stop, Workers(num_jobs, stop) as workers:
+    with stop_on_signals() as stop, _workers(num_jobs, stop) as workers:
         for of_seed in (Rivals.first_round, Rivals.second_round):
             workers.run([trial for rival in rivals for trial in of_seed(rival)])
             if stop.signal is not None:
@@ -205,6 +208,10 @@ def _copy(trials: Sequence[Trial], place: Path) -> Path | None:
 _stop_workers: Event
 
 
+def _workers(num_jobs: int, stop: StopRequest) -> Workers:
+    return ThisProcess(stop) if num_jobs == 1 else Processes(num_jobs, stop)
+
+
 class WorkerStop(StopRequest):
     """The request of the main process, as a worker sees it."""
 
@@ -219,41 +226,80 @@ def _begin_worker(event: Event) -> None:
     _stop_workers = event
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process hears them, and sets the event
         signal.signal(number, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _work(trial: Trial) -> str | None:
+def _end_with_parent() -> None:
+    """Also where it was killed and could tell nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(trial: Trial, stop: StopRequest) -> str | None:
     """Runs a trial, also one that was begun; why it failed, if it did."""
     try:
-        run_in(trial.config, RunFolder(trial.path), WorkerStop(), quiet=True)
+        run_in(trial.config, RunFolder(trial.path), stop, quiet=True)
     except TrainingError as error:
         return str(error)
     return None
 
 
-class Workers:
-    """Processes that run trials, and a bar that counts them."""
+class Workers(ABC):
+    """Who runs trials."""
+
+    def __enter__(self) -> Workers:
+        return self
+
+    @abstractmethod
+    def __exit__(self, *_: object) -> None:
+        """Ends what was begun."""
+
+    def run(self, trials: Sequence[Trial]) -> None:
+        """Runs them all, or until a stop is requested; a bar counts them."""
+        with tqdm(total=len(trials), unit="run", dynamic_ncols=True) as bar:
+            for trial, failure in self.results(trials):
+                if failure is not None:
+                    bar.write(f"{trial.path}: {failure}")
+                bar.update()
+
+    @abstractmethod
+    def results(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, str | None]]:
+        """Each trial when it has ended, and why it failed, if it did."""
+
+
+class ThisProcess(Workers):
+    """One trial after the other."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+
+    def __exit__(self, *_: object) -> None:
+        """There is nothing to end."""
+
+    def results(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, str | None]]:
+        for trial in trials:
+            if not self._stop.requested:
+                yield trial, _work(trial, self._stop)
+
+
+class Processes(Workers):
+    """Several at a time, each in a process that ends with this one."""
 
     def __init__(self, num_jobs: int, stop: StopRequest) -> None:
         context = multiprocessing.get_context("spawn")
         self._event, self._stop = context.Event(), stop
         self._pool = ProcessPoolExecutor(num_jobs, context, _begin_worker, (self._event,))
 
-    def __enter__(self) -> Workers:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._event.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def run(self, trials: Sequence[Trial]) -> None:
-        """Runs them all, or until a stop is requested."""
-        futures = {self._pool.submit(_work, trial): trial for trial in trials}
-        with tqdm(total=len(trials), unit="run", dynamic_ncols=True) as bar:
-            for future in self._completed(futures):
-                failure = future.result()
-                if failure is not None:
-                    bar.write(f"{futures[future].path}: {failure}")
-                bar.update()
+    def results(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, str | None]]:
+        futures = {self._pool.submit(_work, trial, WorkerStop()): trial for trial in trials}
+        for future in self._completed(futures):
+            yield futures[future], future.result()
 
     def _completed(self, futures: Iterable[Future[str | None]]) -> Iterator[Future[str | None]]:
         left = set(futures)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,23 @@ def _samples(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
         raise ConfigError(
             f"data.root: no pictures in {folder} for {names}. Looked for {', '.join(IMG_EXTENSIONS)}."
         )
+    _check_files([Path(path) for path, _ in samples], folder)
     return samples, tuple(classes)
+
+
+def _check_files(paths: Sequence[Path], root: Path) -> None:
+    """Refuses what is no plain file of its class: a pipe or a device, and links to what lies elsewhere."""
+    homes = {name: (root / name).resolve() for name in _class_folders(root)}
+    real_folder = cache(Path.resolve)
+    for path in paths:
+        home = homes[path.relative_to(root).parts[0]]
+        if not path.is_file():
+            raise ConfigError(f"data.root: {path} is no file (a pipe, a device or a broken link). Remove it.")
+        real = path.resolve() if path.is_symlink() else real_folder(path.parent)
+        if not real.is_relative_to(home):
+            raise ConfigError(
+                f"data.root: {path} leads out of its class, to {real}. Put the picture itself there."
+            )
 
 
 def _pictures(samples: Sequence[tuple[str, int]], size: tuple[int, int, bool]) -> Pool:

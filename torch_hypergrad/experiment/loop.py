@@ -16,9 +16,10 @@ from ..errors import HypergradientError, SolverError
 from ..hyper_optimizer import HyperOptimizer, HyperReport
 from .build import Parts
 from .config import Config, MethodConfig
+from .edits import Change, check_edits, told
 from .metrics import MetricsLog, by_kind, in_brief
 from .results import summary_of, tuned_of
-from .run_folder import RunFolder
+from .run_folder import RunFolder, as_dict
 from .stopping import StopRequest
 
 REMEDY = "Lower the learning rate, or set train.clip_norm."
@@ -38,6 +39,21 @@ class Progress:
     num_hyper_steps: int = 0
     num_skipped: int = 0
     metrics_size: int = 0
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was found on the way to a checkpoint.
+
+    Args:
+        damaged: newer checkpoints that were passed over.
+        missing: bytes of the metrics that were there when it was written, and are not.
+        changes: of the configuration since then.
+    """
+
+    damaged: list[Path]
+    missing: int
+    changes: dict[str, Change]
 
 
 class Run:
@@ -202,29 +218,37 @@ class Run:
             "training": self.parts.training.state_dict(),
             "scheduler": scheduler.state_dict() if scheduler else None,
             "losses": self._losses,
+            "config": as_dict(self.config),
         }
         self.folder.save_checkpoint(self.progress.step, state, self.config.output.keep_checkpoints)
 
-    def load(self) -> list[Path]:
+    def load(self) -> Loaded:
         """Goes back to the newest checkpoint that is whole, or to the start where there is none.
 
-        Returns:
-            The damaged checkpoints that were passed over.
+        Raises:
+            ConfigError: if the configuration was edited in what may not change.
         """
         state, damaged = self.folder.load_checkpoint()
+        changes: dict[str, Change] = {}
         if state is not None:
+            if "config" in state:
+                where = str(self.folder.config_file)
+                changes = check_edits(state["config"], as_dict(self.config), where)
             self.progress = Progress(**state["progress"])
             self.parts.training.load_state_dict(state["training"])
             if self.parts.scheduler is not None:
                 self.parts.scheduler.load_state_dict(state["scheduler"])
             self._losses = state["losses"]
-        self.folder.open_metrics(self.progress.metrics_size)
-        return damaged
+        missing = self.folder.open_metrics(self.progress.metrics_size)
+        if changes:
+            self.folder.log({"kind": "edited", "step": self.progress.step, "changes": told(changes)})
+        return Loaded(damaged, missing, changes)
 
     def _finish(self) -> None:
         values: dict[str, Tensor] = self.parts.training.values()
         tuned = tuned_of(self.parts, self._start, values)
         summary = summary_of(self.parts, asdict(self.progress), values)
+        summary["config"] = {key: part for key, part in as_dict(self.config).items() if key != "output"}
         self.folder.finish(summary, tuned, self.parts.model.state_dict())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
@@ -44,6 +45,9 @@ def call_with_options(
             One line.
     """
     checked = check_options(function, options, key, skip)
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}.{name}={value} must be a finite number.")
     try:
         return function(*args, **checked)
     except ConfigError:

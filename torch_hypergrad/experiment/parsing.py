@@ -32,11 +32,14 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     Raises:
         ConfigError: one line, with the nearest valid name for an unknown key.
     """
-    _check_keys(argv)
+    argv = [_at_home(word) for word in argv]
     try:
-        return parser.parse_args(list(argv))
+        _check_keys(argv)
+        return parser.parse_args(argv)
     except ArgumentError as error:
         raise ConfigError(_one_line(str(error))) from error
+    except RecursionError as error:
+        raise ConfigError("A value is nested too deeply to be one of a configuration.") from error
 
 
 def config_of(parser: ArgumentParser, arguments: Namespace) -> Config:
@@ -73,6 +76,12 @@ def _config_parser() -> ArgumentParser:
     return parser
 
 
+def _at_home(word: str) -> str:
+    """``--config=~/file``, which shells leave as it is."""
+    name, _, value = word.partition("=")
+    return f"{name}={Path(value).expanduser()}" if name == "--config" and value.startswith("~") else word
+
+
 def _check_keys(argv: Sequence[str]) -> None:
     """The keys in YAML files and on the command line, before jsonargparse looks at their values."""
     for place, word in enumerate(argv):
@@ -87,7 +96,11 @@ def _check_keys(argv: Sequence[str]) -> None:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        _size(yaml.compose(text, Loader=yaml.SafeLoader), file, {})
+        content = yaml.safe_load(text)
+    except RecursionError as error:
+        raise ConfigError(f"{file} is nested too deeply to be a configuration.") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{file} is no YAML: {_one_line(str(error))}") from error
     if content is not None and not isinstance(content, dict):
@@ -95,12 +108,43 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return content or {}
 
 
+MOST_VALUES = 10_000  # of a configuration, written out
+
+
+def _size(node: yaml.Node | None, file: Path, known: dict[int, int]) -> int:
+    """How many values a node has when its aliases are written out.
+
+    Raises:
+        ConfigError: if these are too many, or a key is given twice.
+    """
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        inner = node.value
+        if isinstance(node, yaml.MappingNode):
+            _check_once([key for key, _ in node.value], file)
+            inner = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_size(part, file, known) for part in inner)
+        if known[id(node)] > MOST_VALUES:
+            raise ConfigError(f"{file} has more than {MOST_VALUES} values, with its aliases written out.")
+    return known[id(node)]
+
+
+def _check_once(keys: Sequence[yaml.Node], file: Path) -> None:
+    seen: set[str] = set()
+    for key in keys:
+        if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            line = key.start_mark.line + 1
+            raise ConfigError(f"{file}, line {line}: {key.value} is given twice. Put both into one.")
+        seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+
+
 def _one_line(message: str) -> str:
     """A message of jsonargparse or YAML without line ends and the names of Python's types."""
     text = " ".join(message.split())
     for pattern, plain in REWORDED:
         text = re.sub(pattern, plain, text)
-    return text
+    return re.sub(r"\S{200,}", lambda found: f"{found[0][:77]}...", text)
 
 
 def _choices(found: re.Match[str]) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from .config import Config, ConfigError
+from .edits import check_edits, differences, told
+from .options import one_line
 
 CHECKPOINT = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 
@@ -35,60 +38,115 @@ class RunFolder:
         self.model_file = path / "model.pt"
         self.checkpoints = path / "checkpoints"
 
-    def create(self, config: Config) -> None:
-        """Makes the folder, with the complete configuration, if it is not there.
+    # ---- whose it is ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder and keeps other processes from writing to it; the lock goes with the process,
+        however it ends.
 
         Raises:
-            ConfigError: if it cannot be made.
+            ConfigError: if another process has it, or the folder cannot be made.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise ConfigError(
+                f"Another process is training in {self.path}. Wait for it, or stop it."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise self._unusable(error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def create(self, config: Config) -> None:
+        """Writes the complete configuration, if there is none. Only whoever holds the lock may do so.
+
+        Raises:
+            ConfigError: if it cannot be written.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             if not self.config_file.exists():
-                write_atomically(self.config_file, _as_yaml(config).encode())
+                write_atomically(self.config_file, as_yaml(config).encode())
         except (OSError, ValueError) as error:
-            raise ConfigError(f"The folder {self.path} (output.folder) cannot be made: {error}.") from error
+            raise self._unusable(error) from error
+
+    def check_new(self) -> None:
+        """Refuses a folder that holds a run.
+
+        Raises:
+            ConfigError: with the command that goes on with it.
+        """
+        try:
+            begun = self.config_file.exists()
+        except (OSError, ValueError) as error:
+            raise self._unusable(error) from error
+        if begun:
+            raise ConfigError(
+                f"output.folder={self.path} holds a run already. Go on with: torch-hypergrad resume "
+                f"{self.path}, or choose another folder."
+            )
 
     def check_same(self, config: Config) -> None:
         """Refuses another configuration than that of the run which is there; only what it writes may differ.
 
         Raises:
-            ConfigError: with the first key that differs.
+            ConfigError: with the keys that differ.
         """
         if not self.config_file.exists():
             return
-        there, here = (
-            yaml.safe_load(self.config_file.read_text(encoding="utf-8")),
-            yaml.safe_load(_as_yaml(config)),
+        try:
+            there = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{self.config_file} cannot be read: {one_line(error)}.") from error
+        changes = differences(there if isinstance(there, dict) else {}, as_dict(config))
+        changes = {path: pair for path, pair in changes.items() if not path.startswith("output.")}
+        if changes:
+            raise ConfigError(
+                f"{self.path} holds a run of another configuration: {told(changes)}. Choose another "
+                "output.folder."
+            )
+
+    def check_unedited(self) -> None:
+        """Refuses a finished run whose configuration is no longer that of its training.
+
+        Raises:
+            ConfigError: with what has changed.
+        """
+        trained = json.loads(self.summary_file.read_text(encoding="utf-8")).get("config")
+        there = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        if trained is not None:
+            check_edits(trained, there, f"{self.config_file} of a finished run")
+
+    def _unusable(self, error: Exception) -> ConfigError:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        return ConfigError(
+            f"The folder {str(self.path)[:200]} (output.folder) cannot be used: {reason}. Choose another one."
         )
-        for section in here:
-            if section != "output" and there.get(section) != here[section]:
-                raise ConfigError(
-                    f"{self.path} holds a run of another configuration: {section} is {there.get(section)} "
-                    f"there and {here[section]} here. Choose another output.folder."
-                )
 
     @property
     def finished(self) -> bool:
         """Whether the run has come to its end."""
         return self.summary_file.exists()
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other processes from training here; the lock goes with the process, however it ends."""
-        try:
-            with FileLock(self.path / ".lock", timeout=0):
-                yield
-        except Timeout as error:
-            raise ConfigError(
-                f"Another process is training in {self.path}. Wait for it, or stop it."
-            ) from error
-
     # ---- metrics -------------------------------------------------------------------------------------------
 
-    def open_metrics(self, size: int) -> None:
-        """Cuts what was written after the first ``size`` bytes, which a resumed run writes again."""
-        with self.metrics_file.open("ab") as file:
-            file.truncate(size)
+    def open_metrics(self, size: int) -> int:
+        """Cuts what was written after the first ``size`` bytes, which a resumed run writes again.
+
+        Returns:
+            How many of these bytes are missing. Half a line at the end is cut off as well.
+        """
+        self.metrics_file.touch()
+        content = self.metrics_file.read_bytes()[:size]
+        whole = content[: content.rfind(b"\n") + 1]
+        os.truncate(self.metrics_file, len(whole))
+        return size - len(whole)
 
     def log(self, row: dict[str, Any]) -> None:
         """Adds a line to the metrics."""
@@ -130,7 +188,7 @@ class RunFolder:
             content = path.read_bytes()
             named = CHECKPOINT.fullmatch(path.name)
             if named and hashlib.sha256(content).hexdigest().startswith(named[2]):
-                return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu"), damaged
+                return _loaded(content, path), damaged
             damaged.append(path.rename(path.with_suffix(".damaged")))
         return None, damaged
 
@@ -165,8 +223,25 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.close(folder)
 
 
-def _as_yaml(config: Config) -> str:
+def as_yaml(config: Config) -> str:
+    """All keys, in their order."""
     return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """All keys, with values as a file of YAML gives them back."""
+    return yaml.safe_load(as_yaml(config))
+
+
+def _loaded(content: bytes, path: Path) -> dict[str, Any]:
+    """Tensors and plain containers; code is refused, and never run."""
+    try:
+        return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} is whole but holds something else than a checkpoint, which is not loaded: "
+            f"{one_line(error).split('. ')[0]}. Delete it; the one before is used then."
+        ) from error
 
 
 def _as_bytes(value: Any) -> bytes:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -10,7 +14,9 @@ import torch
 
 from .build import build
 from .config import Config, ConfigError
-from .loop import Run
+from .edits import told
+from .loop import Run, TrainingError
+from .options import one_line
 from .parsing import read_config
 from .run_folder import RunFolder
 from .stopping import StopRequest, stop_on_signals
@@ -27,13 +33,9 @@ def train(config: Config, name: str) -> tuple[Path, int | None]:
         TrainingError: if training could not go on.
     """
     folder = RunFolder(folder_of(config, name))
-    if folder.config_file.exists():
-        raise ConfigError(
-            f"output.folder={folder.path} holds a run already. Go on with: torch-hypergrad resume "
-            f"{folder.path}, or choose another folder."
-        )
+    folder.check_new()  # at once; and again where nobody else can begin one
     with stop_on_signals() as stop:
-        finished = run_in(config, folder, stop)
+        finished = run_in(config, folder, stop, new=True)
     return folder.path, None if finished else stop.signal
 
 
@@ -46,6 +48,7 @@ def resume(path: Path) -> tuple[Path, int | None]:
             f"{folder.config_file.name}. Give the folder that train named."
         )
     if folder.finished:
+        folder.check_unedited()
         print(f"{path} is finished already.")
         return path, None
     with stop_on_signals() as stop:
@@ -53,41 +56,83 @@ def resume(path: Path) -> tuple[Path, int | None]:
     return path, None if finished else stop.signal
 
 
-def run_in(config: Config, folder: RunFolder, stop: StopRequest, quiet: bool = False) -> bool:
+def run_in(
+    config: Config, folder: RunFolder, stop: StopRequest, quiet: bool = False, new: bool = False
+) -> bool:
     """Begins a run in its folder, or goes on with the one that is there, to its end or until it is stopped.
 
     Returns:
         Whether it is finished.
+
+    Raises:
+        ConfigError: if it is another's: of another configuration or process, or, with ``new``, of any run.
+        TrainingError: if training could not go on.
     """
     folder.check_same(config)
     if folder.finished:
         return True
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    run = Run(config, build(config), folder)
-    begun = folder.config_file.exists()
-    folder.create(config)
-    with folder.locked():
-        if begun:
-            _go_on(run)
-        return run.train(stop, quiet)
+    with _told_in_one_line(folder):
+        parts = build(config)
+        with folder.locked():  # before anything is written or trusted
+            if new:
+                folder.check_new()
+            folder.check_same(config)
+            if folder.finished:
+                return True
+            begun = folder.config_file.exists()
+            folder.create(config)
+            run = Run(config, parts, folder)
+            if begun:
+                _go_on(run)
+            if not quiet:
+                print(f"Training in {folder.path}", file=sys.stderr)
+            return run.train(stop, quiet)
+
+
+@contextmanager
+def _told_in_one_line(folder: RunFolder) -> Iterator[None]:
+    """What the machine lacks ends training with the reason: room on the disk or in memory."""
+    go_on = f"Go on with: torch-hypergrad resume {folder.path}"
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"Training stopped: {error}. Make room, or allow writing. {go_on}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY.search(str(error))):
+            raise
+        raise TrainingError(
+            f"Training stopped, out of memory: {one_line(error)} Take a smaller train.batch_size, network or "
+            "method.memory, in a new folder."
+        ) from error
+
+
+NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory")
 
 
 def _go_on(run: Run) -> None:
     try:
-        damaged = run.load()
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        loaded = run.load()
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ConfigError(
-            f"The checkpoint in {run.folder.path} does not fit its configuration: {reason}"
+            f"The checkpoint in {run.folder.path} does not fit its configuration: {one_line(error)}"
         ) from error
-    for file in damaged:
+    for file in loaded.damaged:
         print(f"A checkpoint is damaged and was passed over; it is now called {file}.", file=sys.stderr)
+    if loaded.missing:
+        print(
+            f"metrics.jsonl has lost {loaded.missing} bytes since the checkpoint: the report will lack them.",
+            file=sys.stderr,
+        )
+    if loaded.changes:
+        print(f"The configuration was edited: {told(loaded.changes)}.", file=sys.stderr)
     print(f"Going on after step {run.progress.step}.", file=sys.stderr)
 
 
 def folder_of(config: Config, name: str) -> Path:
-    """The folder of a run: as configured, or by name, date and time."""
+    """The folder of a run: as configured, or by name, seed, date and time, and a suffix that no other has."""
     if config.output.folder is not None:
-        return Path(config.output.folder)
-    return Path("runs", f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+        return Path(config.output.folder).expanduser()
+    when = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return Path("runs", f"{name}-seed{config.train.seed}-{when}")

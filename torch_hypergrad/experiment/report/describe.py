@@ -115,6 +115,10 @@ def facts(run: RecordedRun) -> list[tuple[str, str]]:
         ),
         ("Duration", duration(run.seconds)),
         (
+            "Edited",
+            "; ".join(f"after step {line['step']:,}: {line['changes']}" for line in run.records["edited"]),
+        ),
+        (
             "Left out",
             f"{count_of(run.unreadable, 'line')} of metrics.jsonl could not be read"
             if run.unreadable

@@ -17,7 +17,7 @@ from ..config import Config, ConfigError, Tune
 
 Record = dict[str, Any]
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
-KINDS = ("train", "eval", "hyper", "skipped")
+KINDS = ("train", "eval", "hyper", "skipped", "edited")
 WEIGHTS = "example_weights"  # tuned as logits, and read as the weights that they stand for
 
 
@@ -116,7 +116,9 @@ def read_run(folder: Path) -> RecordedRun:
     folder = Path(folder)
     config = _read_config(folder)
     records, unreadable = _read_metrics(folder / "metrics.jsonl")
-    return RecordedRun(folder, config, records, unreadable, _read_summary(folder / "summary.json"))
+    summary = _read_summary(folder / "summary.json")
+    config |= (summary or {}).get("config", {})  # as it was trained, whatever the file says by now
+    return RecordedRun(folder, config, records, unreadable, summary)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

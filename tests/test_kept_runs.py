@@ -1,0 +1,410 @@
+"""No run is lost, mixed up with another or reported as what it was not; what goes wrong is one line."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from runs import CONFIGURATIONS, SURROUNDINGS, check_equal_runs, command, metrics_of, run_command
+from test_configurations import refused
+from test_resume import NO_STOP, StopAfter
+from torch_hypergrad.cli import main
+from torch_hypergrad.experiment.config import Config, ConfigError
+from torch_hypergrad.experiment.loop import Run
+from torch_hypergrad.experiment.options import one_line
+from torch_hypergrad.experiment.parsing import read_config
+from torch_hypergrad.experiment.report.read import read_run
+from torch_hypergrad.experiment.run_folder import RunFolder
+from torch_hypergrad.experiment.start import folder_of, resume, run_in, train
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    file = tmp_path / "unrolled.yaml"
+    file.write_text(CONFIGURATIONS["unrolled"])
+    return read_config(file)
+
+
+def in_folder(config: Config, folder: Path, **training: Any) -> Config:
+    return replace(
+        config,
+        output=replace(config.output, folder=str(folder)),
+        train=replace(config.train, **training),
+    )
+
+
+def edit(folder: Path, section: str, **values: Any) -> None:
+    """As a user does, with an editor."""
+    file = folder / "config.yaml"
+    content = yaml.safe_load(file.read_text())
+    content[section] |= values
+    file.write_text(yaml.safe_dump(content))
+
+
+# ---- whose folder it is ------------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_to_a_folder_that_another_process_has(config: Config, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked(), pytest.raises(ConfigError, match="Another process is training"):
+        train(in_folder(config, folder.path, seed=1), "run")
+    assert not folder.config_file.exists()
+
+
+def test_a_run_that_began_in_the_meantime_is_not_taken_over(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process trains seed 0 to its end between our first look and our lock."""
+    folder = tmp_path / "run"
+    ours, theirs = (in_folder(config, folder, seed=seed, steps=30) for seed in (1, 0))
+
+    def looked_too_early(self: RunFolder) -> None:
+        monkeypatch.undo()
+        run_in(theirs, RunFolder(folder), StopAfter(3), quiet=True)
+
+    monkeypatch.setattr(RunFolder, "check_new", looked_too_early)
+    with pytest.raises(ConfigError, match=r"holds a run (already|of another configuration)"):
+        train(ours, "run")
+    assert read_config(folder / "config.yaml").train.seed == 0
+    resume(folder)
+    run_in(theirs, RunFolder(tmp_path / "whole"), NO_STOP, quiet=True)
+    check_equal_runs(folder, tmp_path / "whole")
+
+
+def test_four_runs_of_one_second_have_four_folders(config: Config) -> None:
+    folders = {folder_of(replace(config, train=replace(config.train, seed=7)), "digits") for _ in range(4)}
+    assert len(folders) == 4
+    assert all(folder.name.startswith("digits-seed7-") for folder in folders)
+
+
+def test_a_home_folder_is_meant_by_a_tilde(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert folder_of(in_folder(config, Path("~/run")), "run") == tmp_path / "run"
+    (tmp_path / "there.yaml").write_text(CONFIGURATIONS["unrolled"])
+    assert main(["train", "--config=~/there.yaml", "--dry_run=true"]) == 0
+
+
+def test_the_folder_is_named_when_training_starts(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_in(in_folder(config, tmp_path / "run"), RunFolder(tmp_path / "run"), StopAfter(1))
+    assert f"Training in {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+# ---- edited configurations ---------------------------------------------------------------------------------
+
+
+def stopped(config: Config, folder: Path, num_steps: int = 20) -> None:
+    assert not run_in(in_folder(config, folder), RunFolder(folder), StopAfter(num_steps), quiet=True)
+
+
+def test_an_edited_learning_rate_is_refused_with_the_difference(config: Config, tmp_path: Path) -> None:
+    stopped(config, tmp_path / "run")
+    edit(tmp_path / "run", "optimizer", options={"lr": 0.02, "eps": 1e-4})
+    with pytest.raises(ConfigError, match=r"edited after .*optimizer\.options\.lr was 0\.003, is 0\.02"):
+        resume(tmp_path / "run")
+
+
+def test_more_steps_and_other_output_are_taken_over_and_recorded(config: Config, tmp_path: Path) -> None:
+    stopped(config, tmp_path / "run")
+    edit(tmp_path / "run", "train", steps=60)
+    edit(tmp_path / "run", "output", keep_checkpoints=1)
+    assert resume(tmp_path / "run") == (tmp_path / "run", None)
+    (edited,) = (row for row in metrics_of(tmp_path / "run") if row["kind"] == "edited")
+    assert edited["step"] == 20
+    assert edited["changes"] == "train.steps was 50, is 60; output.keep_checkpoints was 2, is 1"
+    longer = in_folder(config, tmp_path / "longer", steps=60)
+    run_in(longer, RunFolder(tmp_path / "longer"), NO_STOP, quiet=True)
+    ours, theirs = (torch.load(tmp_path / name / "model.pt") for name in ("run", "longer"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("steps", [30, None])
+def test_an_earlier_end_is_refused(config: Config, tmp_path: Path, steps: int | None) -> None:
+    stopped(config, tmp_path / "run")
+    edit(tmp_path / "run", "train", steps=steps, epochs=None if steps else 30)
+    with pytest.raises(ConfigError, match=r"train\.steps was 50, is (30|None)"):
+        resume(tmp_path / "run")
+
+
+def test_a_report_tells_how_a_finished_run_was_trained(config: Config, tmp_path: Path) -> None:
+    run_in(in_folder(config, tmp_path / "run"), RunFolder(tmp_path / "run"), NO_STOP, quiet=True)
+    edit(tmp_path / "run", "optimizer", options={"lr": 0.02})
+    assert read_run(tmp_path / "run").config["optimizer"]["options"]["lr"] == 0.003
+    with pytest.raises(ConfigError, match=r"of a finished run was edited .*lr was 0\.003, is 0\.02"):
+        resume(tmp_path / "run")
+
+
+# ---- metrics and checkpoints -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("left", [0, 150, None])
+def test_lost_metrics_are_not_filled_with_zeros(
+    config: Config, tmp_path: Path, left: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped(config, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    before = metrics.read_bytes()
+    metrics.unlink() if left is None else os.truncate(metrics, left)
+    resume(tmp_path / "run")
+    assert "metrics.jsonl has lost" in capsys.readouterr().err
+    content = metrics.read_bytes()
+    assert b"\0" not in content
+    kept = before[: before[: left or 0].rfind(b"\n") + 1]
+    assert content.startswith(kept)
+    assert metrics_of(tmp_path / "run")[-1]["step"] == 50, "each line can be read"
+
+
+class Code:
+    """What a pickle may do."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("echo ran > ran",)
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(config: Config, tmp_path: Path) -> None:
+    stopped(config, tmp_path / "run")
+    buffer = io.BytesIO()
+    torch.save({"progress": Code()}, buffer, pickle_module=pickle)
+    content = buffer.getvalue()
+    name = f"step-00000040-{hashlib.sha256(content).hexdigest()[:16]}.pt"
+    (tmp_path / "run" / "checkpoints" / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"is whole but holds something else.*Delete it"):
+        resume(tmp_path / "run")
+    assert not Path("ran").exists()
+
+
+# ---- what the machine lacks --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Make room"),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            "Permission denied. Make room, or allow",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory.*Take a smaller train.batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "Take a smaller train.batch"),
+        (KeyboardInterrupt(), "what came after the last checkpoint is lost"),
+    ],
+)
+def test_training_that_the_machine_ends_says_so_in_one_line(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    error: BaseException, message: str,
+) -> None:  # fmt: skip
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Run, "_save", fail)
+    (tmp_path / "c.yaml").write_text(CONFIGURATIONS["unrolled"])
+    code = main(["train", "--config", str(tmp_path / "c.yaml"), f"--output.folder={tmp_path / 'run'}"])
+    assert code == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(message, last), last
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "/dev/null/run", "nul\0byte"])
+def test_a_folder_that_cannot_be_is_refused(config: Config, folder: str) -> None:
+    with pytest.raises(ConfigError, match=r"output\.folder\) cannot be used"):
+        train(in_folder(config, Path(folder)), "run")
+
+
+def test_results_are_printed_though_the_report_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(CONFIGURATIONS["plain"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "report").write_text("a file where the report should go")
+    code = main(["train", "--config", str(tmp_path / "c.yaml"), f"--output.folder={tmp_path / 'run'}"])
+    told = capsys.readouterr()
+    assert code == 1
+    assert "| test       |" in told.out
+    assert "The report could not be written" in told.err
+    assert "Traceback" not in told.err
+
+
+def test_a_run_whose_hyper_steps_were_all_skipped_ends_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(CONFIGURATIONS["implicit"])
+    arguments = ["--method.scale=1e6", "--method.damping=0", "--method.num_terms=60", "--train.epochs=10"]
+    code = main(
+        ["train", "--config", str(tmp_path / "c.yaml"), f"--output.folder={tmp_path / 'run'}", *arguments]
+    )
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_hyper_steps"] == 0
+    assert code == 3
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("Nothing was tuned: all")
+
+
+# ---- configurations ----------------------------------------------------------------------------------------
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{n}: &{n} [{', '.join([f'*{m}'] * 10)}]\n" for m, n in zip("abcdefgh", "bcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "more than 10000 values, with its aliases written out"),
+        ("train: " + "[" * 5000, "nested too deeply"),
+        ("train: {steps: 3}\ndata: {}\ntrain: {seed: 1}\n", "line 3: train is given twice"),
+        ("train: {steps: 3, steps: 4}", "steps is given twice"),
+        ("a: &a [*a]", "nested too deeply"),
+    ],
+    ids=["bomb", "brackets", "section", "key", "circle"],
+)
+def test_a_malicious_or_careless_file_is_refused_at_once(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    assert message in refused("train", "--config", str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--optimizer={name: SparseAdam, options: {lr: 0.1}}", "needs sparse gradients"),
+        ("--optimizer={name: LBFGS, options: {lr: 0.1}}", "evaluates the loss several times"),
+        ("--optimizer.options={lr: 0.1, differentiable: true}", "hypergradients do not need it"),
+        ("--optimizer={name: SGD, options: {lr: 0.1, momentum: 2}}", "must be below 1"),
+        ("--optimizer.options={lr: .nan}", "finite"),
+        ("--hyper_optimizer.options={lr: 1.0e+60}", "beyond what float32 can hold"),
+        ("--hyper_optimizer.options={lr: 0.1, maximize: true}", "as large as possible"),
+        ("--hyper_optimizer.options={lr: 0.1, differentiable: true}", "do not need it"),
+        ("--model.options={width: 4, dropout: .nan}", "finite"),
+        ("--model.options={width: 0}", "width must be at least 1"),
+        ("--output.folder=", "output.folder is empty"),
+        ("--tune=" + "[" * 5000, "[[[..."),
+    ],
+    ids=lambda value: value[:50],
+)
+def test_options_that_train_nothing_are_refused(argument: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(CONFIGURATIONS["unrolled"])
+    told = refused("train", "--config", str(tmp_path / "c.yaml"), argument)
+    assert message in told
+
+
+def pictures(root: Path) -> Path:
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_what_is_no_picture_of_its_class_is_refused(kind: str, tmp_path: Path) -> None:
+    root = pictures(tmp_path / "root")
+    if kind == "pipe":
+        os.mkfifo(root / "a" / "x.png")
+    elif kind == "link":
+        (root / "a" / "x.png").symlink_to(root / "b" / "0.png")
+    else:
+        (root / "a" / "more").symlink_to(root / "b")
+    arguments = ["--data.name=image_folder", f"--data.root={root}", "--train.steps=1", "--method.name=none"]
+    told = refused("train", *arguments)
+    assert ("is no file" if kind == "pipe" else "leads out of its class") in told
+
+
+def test_a_link_within_its_class_is_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = pictures(tmp_path / "root")
+    (root / "a" / "x.png").symlink_to(root / "a" / "0.png")
+    arguments = [
+        "--data.name=image_folder", f"--data.root={root}", "--data.val_size=2", "--train.steps=1",
+        "--method.name=none", "--dry_run=true",
+    ]  # fmt: skip
+    assert main(["train", *arguments]) == 0, capsys.readouterr().err
+
+
+# ---- processes ---------------------------------------------------------------------------------------------
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(CONFIGURATIONS["implicit"])
+    process = subprocess.Popen(
+        command(
+            "compare",
+            "--config",
+            tmp_path / "c.yaml",
+            "--jobs",
+            2,
+            "--train.epochs",
+            100_000,
+            "--output.folder",
+            tmp_path / "run",
+        ),
+        env=SURROUNDINGS,
+        stderr=subprocess.DEVNULL,
+    )
+    parent = psutil.Process(process.pid)
+    try:
+        while not list(tmp_path.rglob("metrics.jsonl")):
+            assert process.poll() is None
+            time.sleep(0.1)
+        workers = parent.children(recursive=True)
+        assert len(workers) >= 2
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.slow
+def test_four_processes_at_once_in_one_folder_are_one_run(tmp_path: Path) -> None:
+    """Ten times; each time with another seed, and killed at random moments from the first on."""
+    (tmp_path / "c.yaml").write_text(CONFIGURATIONS["unrolled"])
+    for attempt in range(10):
+        run = tmp_path / f"run{attempt}"
+        started = [
+            subprocess.Popen(
+                command(
+                    "train", "--config", tmp_path / "c.yaml", f"--train.seed={seed}", f"--output.folder={run}"
+                ),
+                env=SURROUNDINGS,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+            )
+            for seed in range(4)
+        ]
+        if attempt % 2:
+            time.sleep(2 + 0.3 * attempt)
+            for process in started:
+                process.kill()
+        for process in started:
+            _, told = process.communicate()
+            assert "Traceback" not in told or process.returncode < 0, told
+        if (run / "config.yaml").exists():
+            done = run_command("resume", run)
+            assert done.returncode == 0, done.stderr
+            seed = read_config(run / "config.yaml").train.seed
+            whole = run_command(
+                "train",
+                "--config",
+                tmp_path / "c.yaml",
+                f"--train.seed={seed}",
+                f"--output.folder={tmp_path / f'whole{attempt}'}",
+            )
+            assert whole.returncode == 0, one_line(whole.stderr)
+            check_equal_runs(run, tmp_path / f"whole{attempt}")
