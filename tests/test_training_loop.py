@@ -288,7 +288,7 @@ def test_train_ends_with_a_table_and_a_report(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("Nothing was tuned: all 3 hyper steps were skipped")
     assert re.search(r"train loss=\d\.\d+, val loss=\d\.\d+, weight_decay=0\.0\d+", done.stderr), "the bar"
     assert re.search(r"\| test +\| +\d+\.\d \| +\d\.\d+ \|", done.stdout), done.stdout
-    named = re.search(r"Report: (runs/given-\d+-\d+/report/report\.html)", done.stdout)
+    named = re.search(r"Report: (runs/given-seed3-\d+-\d+-[0-9a-f]{4}/report/report\.html)", done.stdout)
     assert named is not None
     assert (tmp_path / named[1]).exists()
     folder = (tmp_path / named[1]).parent.parent
