@@ -272,7 +272,6 @@ def test_a_bad_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
     [
         ([], "command"),
         (["trian"], "invalid choice"),
-        (["resume"], "run_dir"),
         (["resume", "nowhere"], "nowhere is no folder of a run"),
         (["report", "nowhere"], "nowhere"),
         (["compare", "--seeds=0"], "--seeds and --jobs must be at least 1"),

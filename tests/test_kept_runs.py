@@ -11,6 +11,7 @@ import pickle
 import re
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 import yaml
 from PIL import Image
 
+import torch_hypergrad
 from runs import CONFIGURATIONS, SURROUNDINGS, check_equal_runs, command, metrics_of, run_command
 from test_configurations import refused
 from test_resume import NO_STOP, StopAfter
@@ -32,7 +34,7 @@ from torch_hypergrad.experiment.options import one_line
 from torch_hypergrad.experiment.parsing import read_config
 from torch_hypergrad.experiment.report.read import read_run
 from torch_hypergrad.experiment.run_folder import RunFolder
-from torch_hypergrad.experiment.start import folder_of, resume, run_in, train
+from torch_hypergrad.experiment.start import folder_of, last_run, resume, run_in, train
 
 
 @pytest.fixture
@@ -108,6 +110,45 @@ def test_the_folder_is_named_when_training_starts(
 ) -> None:
     run_in(in_folder(config, tmp_path / "run"), RunFolder(tmp_path / "run"), StopAfter(1))
     assert f"Training in {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+def test_the_last_run_goes_on(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"There is no run in .*runs"):
+        last_run()
+    for name in ("first", "second"):
+        stopped(config, tmp_path / "runs" / name)
+    os.utime(tmp_path / "runs" / "second" / "metrics.jsonl", (1, 1))
+    assert main(["resume", "--last"]) == 0
+    assert RunFolder(tmp_path / "runs" / "first").finished
+    assert not RunFolder(tmp_path / "runs" / "second").finished
+
+
+@pytest.mark.parametrize("arguments", [["resume"], ["resume", "run", "--last"]])
+def test_resume_takes_one_run(arguments: list[str]) -> None:
+    assert "takes the folder of a run, or --last" in refused(*arguments)
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version", "train --help", "train --tuen=3"])
+def test_help_and_errors_do_without_torch(argument: str) -> None:
+    """Which takes seconds to import."""
+    code = (
+        "import contextlib, sys\nfrom torch_hypergrad.cli import main\n"
+        f"with contextlib.suppress(SystemExit):\n    main({argument.split()})\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout or "Unknown key tuen" in done.stderr
+
+
+def test_public_names_are_found_when_they_are_asked_for() -> None:
+    assert set(torch_hypergrad.__all__) <= set(dir(torch_hypergrad))
+    for name in torch_hypergrad.__all__:
+        assert getattr(torch_hypergrad, name).__module__.startswith("torch_hypergrad.")
+    assert torch_hypergrad.solvers.CG is torch_hypergrad.CG
+    with pytest.raises(AttributeError, match="no attribute 'CGG'"):
+        _ = torch_hypergrad.CGG
 
 
 # ---- edited configurations ---------------------------------------------------------------------------------

@@ -1,21 +1,26 @@
 """Gradient-based hyperparameter optimization for PyTorch."""
 
-from .device.host_memory import keep_freed_memory
-from .errors import (
-    HypergradientError,
-    NonFiniteError,
-    NotTwiceDifferentiableError,
-    SolverError,
-    TrajectoryError,
-)
-from .hyper_optimizer import Evaluation, HyperOptimizer, HyperReport
-from .methods import DrMAD, ForwardMode, Implicit, Method, Unrolled
-from .methods.unrolled import t1t2
-from .solvers import CG, Cholesky, Identity, Neumann, Nystrom, SolveInfo, Solver
-from .step.buffer_rules import BufferRule, register_buffers
-from .tune.adaptive_step import AdaptiveStep
-from .tune.hyperparameter import Hyperparameter, TensorHyperparameter
-from .updates import UpdateRule, register_update
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # each is imported when it is first asked for: torch takes seconds, and the help needs none
+    from .device.host_memory import keep_freed_memory
+    from .errors import (
+        HypergradientError,
+        NonFiniteError,
+        NotTwiceDifferentiableError,
+        SolverError,
+        TrajectoryError,
+    )
+    from .hyper_optimizer import Evaluation, HyperOptimizer, HyperReport
+    from .methods import DrMAD, ForwardMode, Implicit, Method, Unrolled
+    from .methods.unrolled import t1t2
+    from .solvers import CG, Cholesky, Identity, Neumann, Nystrom, SolveInfo, Solver
+    from .step.buffer_rules import BufferRule, register_buffers
+    from .tune.adaptive_step import AdaptiveStep
+    from .tune.hyperparameter import Hyperparameter, TensorHyperparameter
+    from .updates import UpdateRule, register_update
 
 __version__ = "0.1.0"
 
@@ -50,3 +55,50 @@ __all__ = [
     "register_update",
     "t1t2",
 ]
+
+_HOMES = {
+    "keep_freed_memory": "device.host_memory",
+    "HypergradientError": "errors",
+    "NonFiniteError": "errors",
+    "NotTwiceDifferentiableError": "errors",
+    "SolverError": "errors",
+    "TrajectoryError": "errors",
+    "Evaluation": "hyper_optimizer",
+    "HyperOptimizer": "hyper_optimizer",
+    "HyperReport": "hyper_optimizer",
+    "DrMAD": "methods",
+    "ForwardMode": "methods",
+    "Implicit": "methods",
+    "Method": "methods",
+    "Unrolled": "methods",
+    "t1t2": "methods.unrolled",
+    "CG": "solvers",
+    "Cholesky": "solvers",
+    "Identity": "solvers",
+    "Neumann": "solvers",
+    "Nystrom": "solvers",
+    "SolveInfo": "solvers",
+    "Solver": "solvers",
+    "BufferRule": "step.buffer_rules",
+    "register_buffers": "step.buffer_rules",
+    "AdaptiveStep": "tune.adaptive_step",
+    "Hyperparameter": "tune.hyperparameter",
+    "TensorHyperparameter": "tune.hyperparameter",
+    "UpdateRule": "updates",
+    "register_update": "updates",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

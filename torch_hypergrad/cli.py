@@ -11,8 +11,10 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from . import __version__
 from .experiment.config import Config, ConfigError
 from .experiment.parsing import add_config, config_of, parse
+from .experiment.stopping import TrainingError
 
 OK, FAILED, REFUSED, UNTUNED = 0, 1, 2, 3
 STOPPED = 128  # and the number of the signal, as shells do
@@ -26,10 +28,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder that is refused; 3 if all hyper steps of a run were skipped; 128 and the signal's number if a
         signal stopped the run.
     """
-    from .device.host_memory import keep_freed_memory
-    from .experiment.loop import TrainingError
-
-    keep_freed_memory()  # the process is the command's own
     argv = sys.argv[1:] if argv is None else list(argv)
     parser, commands = _parser()
     try:
@@ -56,6 +54,7 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         prog="torch-hypergrad",
         description="Trains models and tunes their hyperparameters by hypergradients.",
         exit_on_error=False,
+        version=__version__,
     )
     commands = {
         name: ArgumentParser(exit_on_error=False, description=text, usage=f"torch-hypergrad {USAGE[name]}")
@@ -65,7 +64,15 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     commands["train"].add_argument(
         "--dry_run", type=bool, default=False, help="check and build everything, train nothing"
     )
-    commands["resume"].add_argument("run_dir", type=Path, help="the folder of the run")
+    commands["resume"].add_argument("run_dir", type=Path | None, nargs="?", help="the folder of the run")
+    commands["resume"].add_argument(
+        "--last",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="the run in runs/ that was last written to",
+    )
     commands["report"].add_argument(
         "run_dirs", type=Path, nargs="+", help="folders of runs; several are compared"
     )
@@ -92,7 +99,7 @@ DESCRIPTIONS = {
 }
 USAGE = {
     "train": "train [--config FILE] [--KEY VALUE ...]",
-    "resume": "resume RUN_DIR",
+    "resume": "resume RUN_DIR | --last",
     "report": "report RUN_DIR [RUN_DIR ...] [--out FOLDER]",
     "compare": "compare [--config FILE] [--KEY VALUE ...] [--seeds N] [--jobs N]",
 }
@@ -102,6 +109,7 @@ def _train(parser: ArgumentParser, arguments: Namespace) -> int:
     from .experiment import start
     from .experiment.build import build
 
+    _keep_freed_memory()
     config = config_of(parser, arguments)
     if arguments.dry_run:
         build(config)
@@ -111,9 +119,12 @@ def _train(parser: ArgumentParser, arguments: Namespace) -> int:
 
 
 def _resume(parser: ArgumentParser, arguments: Namespace) -> int:
+    if (arguments.run_dir is not None) == arguments.last:
+        raise ConfigError("resume takes the folder of a run, or --last for the last one in runs/.")
     from .experiment import start
 
-    return _end(*start.resume(arguments.run_dir.expanduser()))
+    _keep_freed_memory()
+    return _end(*start.resume(start.last_run() if arguments.last else arguments.run_dir.expanduser()))
 
 
 def _report(parser: ArgumentParser, arguments: Namespace) -> int:
@@ -124,6 +135,7 @@ def _report(parser: ArgumentParser, arguments: Namespace) -> int:
 def _compare(parser: ArgumentParser, arguments: Namespace) -> int:
     from .experiment.compare import compare
 
+    _keep_freed_memory()
     config: Config = config_of(parser, arguments)
     folder, runs, stopped_by = compare(config, _name(arguments), arguments.seeds, arguments.jobs)
     if stopped_by is not None:
@@ -161,6 +173,13 @@ def _show(folders: Sequence[Path], out: Path | None = None) -> int:
         return _say(f"The report could not be written: {error}. Write it elsewhere: {again}", FAILED)
     print(f"\nReport: {page}")
     return OK
+
+
+def _keep_freed_memory() -> None:
+    """For the whole process, which is the command's own."""
+    from .device import host_memory  # not before there is something to train: torch takes seconds
+
+    host_memory.keep_freed_memory()
 
 
 def _name(arguments: Namespace) -> str:

@@ -24,10 +24,9 @@ from tqdm import tqdm
 
 from .build import make_optimizer
 from .config import CompareConfig, Config, ConfigError, MethodConfig
-from .loop import TrainingError
 from .run_folder import RunFolder, write_atomically
 from .start import folder_of, run_in
-from .stopping import StopRequest, stop_on_signals
+from .stopping import StopRequest, TrainingError, stop_on_signals
 
 DEFAULT, GRID, RANDOM = "fixed default", "best of a grid", "best of a random search"
 TUNED, BOTH, VAL_ALONE = (

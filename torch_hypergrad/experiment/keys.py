@@ -16,6 +16,8 @@ COMMAND_KEYS = (
     "seeds",
     "jobs",
     "help",
+    "last",
+    "version",
     "print_config",
     "out",
 )  # of commands, not of a run

@@ -20,13 +20,9 @@ from .edits import Change, check_edits, told
 from .metrics import MetricsLog, by_kind, in_brief
 from .results import summary_of, tuned_of
 from .run_folder import RunFolder, as_dict
-from .stopping import StopRequest
+from .stopping import StopRequest, TrainingError
 
 REMEDY = "Lower the learning rate, or set train.clip_norm."
-
-
-class TrainingError(Exception):
-    """Training cannot go on. The message is one line: what happened, why, the remedy."""
 
 
 @dataclass

@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from .checks import check
 from .config import Config, ConfigError
 from .keys import check_content, check_flag, shortened
 
@@ -48,6 +47,8 @@ def config_of(parser: ArgumentParser, arguments: Namespace) -> Config:
     Raises:
         ConfigError: one line.
     """
+    from .checks import check  # knows the methods, and with them torch
+
     names = [f.name for f in fields(Config)]
     parts = (
         parser.instantiate(arguments)

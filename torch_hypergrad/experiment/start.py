@@ -15,11 +15,11 @@ import torch
 from .build import build
 from .config import Config, ConfigError
 from .edits import told
-from .loop import Run, TrainingError
+from .loop import Run
 from .options import one_line
 from .parsing import read_config
 from .run_folder import RunFolder
-from .stopping import StopRequest, stop_on_signals
+from .stopping import StopRequest, TrainingError, stop_on_signals
 
 
 def train(config: Config, name: str) -> tuple[Path, int | None]:
@@ -54,6 +54,18 @@ def resume(path: Path) -> tuple[Path, int | None]:
     with stop_on_signals() as stop:
         finished = run_in(read_config(folder.config_file), folder, stop)
     return path, None if finished else stop.signal
+
+
+def last_run() -> Path:
+    """The run in ``runs/`` that was last written to.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    written = {path.stat().st_mtime_ns: path.parent for path in Path("runs").glob("*/metrics.jsonl")}
+    if not written:
+        raise ConfigError(f"There is no run in {Path('runs').resolve()}. Give the folder that train named.")
+    return written[max(written)]
 
 
 def run_in(

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the training loop reads between two steps."""
+"""What ends training: errors, and Ctrl-C and SIGTERM as a request that the loop reads between two steps."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+
+
+class TrainingError(Exception):
+    """Training cannot go on. The message is one line: what happened, why, the remedy."""
 
 
 @dataclass
