@@ -281,7 +281,7 @@ def test_losses_and_values_that_are_not_numbers(tmp_path):
             json.dumps({"kind": "eval", "step": 600, "seconds": 1, "train": part, "val": part}) + "\n3\n[]\n"
         )
     text = read_page(write_report([run]))
-    assert f"{GOOD} 75 % of the linear system unsolved." in text
+    assert f"{GOOD} 75 % of the linear system unsolved (median), so that it is not" in text
     assert "2 lines of metrics.jsonl could not be read" in text
 
 
@@ -317,7 +317,7 @@ def test_no_folder_is_refused():
 
 # ---- trust -------------------------------------------------------------------------------------------------
 
-GOOD = "Nothing in the numbers of this run speaks against the hypergradient: the solver left"
+GOOD = "No hyper step warned, and no number of this run is out of the ordinary. Solves left"
 BAD = {
     "warned": (
         {
@@ -374,7 +374,7 @@ def test_nothing_is_said_against_a_good_run(tmp_path):
     }
     run = make_run(tmp_path / "good", *decays(FEW), tune=PER_ELEMENT, hyper=limits, skipped=(5, 6))
     text = read_page(write_report([run]))
-    assert f"{GOOD} 50 % of the linear system unsolved." in text
+    assert f"{GOOD} 50 % of the linear system unsolved (median), so that it is not" in text
     assert "No number here can tell how far training is from its optimum" in text
     assert not any(sentence in text for _, _, sentence in BAD.values())
 
@@ -442,6 +442,13 @@ def test_rivals_of_three_seeds(rivals):
     assert "data.train_on train train train train_and_val" in text
     assert "optimizer.options.weight_decay 0.25, 1.25, 2.25 0.25, 1.25, 2.25" in text
     assert "both\N{RIGHT DOUBLE QUOTATION MARK} trained on validation images" in text
+    assert "4 ways to train on digits" in text
+    named = dict(re.findall(r"(best[a-z ]*): ([a-z ]+), with a test loss", text))
+    without = {row: sum(of) for row, of in ACCURACIES.items() if row != "both"}
+    assert named == {
+        "best test accuracy": max(without, key=lambda row: without[row]),
+        "best with training on validation images too": "both",
+    }
     assert 'href="../tuned/seed-0/report/report.html"' in page.read_text()
 
 

@@ -257,7 +257,7 @@ class Workers(ABC):
 
     def run(self, trials: Sequence[Trial]) -> None:
         """Runs them all, or until a stop is requested; a bar counts them."""
-        with tqdm(total=len(trials), unit="run", dynamic_ncols=True) as bar:
+        with tqdm(total=len(trials), desc="compare", unit="run", dynamic_ncols=True) as bar:
             for trial, failure in self.results(trials):
                 if failure is not None:
                     bar.write(f"{trial.path}: {failure}")

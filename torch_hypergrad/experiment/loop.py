@@ -83,7 +83,12 @@ class Run:
             TrainingError: if the training loss is no longer finite, or a hypergradient is not.
         """
         with tqdm(
-            total=self.total, initial=self.progress.step, unit="step", dynamic_ncols=True, disable=quiet
+            total=self.total,
+            initial=self.progress.step,
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+            disable=quiet,
         ) as bar:
             self._metrics = MetricsLog(self.folder, self.progress.step, self.config.output.tensorboard)
             try:

@@ -14,6 +14,7 @@ from .run_folder import RunFolder
 
 QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
 MOST_SORTED = 1_000_000  # torch.quantile takes 16 million numbers at most; of more, every k-th stands for all
+MOST_SHOWN = 3  # settings in a progress bar
 NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]\d+)?|\b(nan|inf)\b")
 
 
@@ -102,10 +103,11 @@ def in_brief(values: dict[str, Tensor]) -> dict[str, str]:
     ranges = {
         name: torch.stack([torch.cat(v).min(), torch.cat(v).max()]).tolist() for name, v in by_setting.items()
     }
-    return {
+    shown = {
         name: f"{low:.3g}" if low == high else f"{low:.1e}..{high:.1e}"
-        for name, (low, high) in ranges.items()
+        for name, (low, high) in list(ranges.items())[:MOST_SHOWN]
     }
+    return shown | ({"and": f"{len(ranges) - MOST_SHOWN} more"} if len(ranges) > MOST_SHOWN else {})
 
 
 def _numbers(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -108,12 +108,18 @@ def row_of(group: Group) -> list[str]:
     """A row of the table of the command line."""
     return [
         group.name,
-        mean_of(group.numbers("num_values")),
+        _num_values(group),
         accuracy_of(group, "test"),
         spread(group.numbers("test", "loss"), 3),
         mean_of(group.numbers("cost")),
         mean_of(group.numbers("seconds"), 1),
     ]
+
+
+def _num_values(group: Group) -> str:
+    """How many were tuned; a search has one, and some trials for it."""
+    trials = group.numbers("num_trials")
+    return f"1, by {mean_of(trials)} trials" if trials else mean_of(group.numbers("num_values"))
 
 
 def table_of(run_folders: Sequence[Path]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -32,7 +33,7 @@ def page_of_runs(groups: Sequence[Group], out: Path) -> Page:
         _each_run(groups, out),
     ]
     return Page(
-        title=f"{len(groups)} rows compared" if len(groups) > 1 else f"{groups[0].name}, {len(runs)} runs",
+        title=_title(groups),
         subtitle=_subtitle(groups, runs),
         numbers=_best(groups),
         facts=_facts(runs),
@@ -48,6 +49,14 @@ def page_of_runs(groups: Sequence[Group], out: Path) -> Page:
     )
 
 
+def _title(groups: Sequence[Group]) -> str:
+    """What is compared."""
+    data = listing(dict.fromkeys(str(run.config["data"]["name"]) for group in groups for run in group.runs))
+    if len(groups) == 1:
+        return f"{groups[0].name} on {data}, {len(groups[0].runs)} runs"
+    return f"{len(groups)} ways to train on {data}"
+
+
 def _subtitle(groups: Sequence[Group], runs: Sequence[RecordedRun]) -> str:
     unfinished = sum(not run.finished for run in runs)
     left_out = f"; {unfinished} not finished, and left out of all means" if unfinished else ""
@@ -55,17 +64,29 @@ def _subtitle(groups: Sequence[Group], runs: Sequence[RecordedRun]) -> str:
 
 
 def _best(groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """The row of the highest mean test accuracy."""
-    accuracies = {place: group.numbers("test", "accuracy") for place, group in enumerate(groups)}
-    means = {place: sum(values) / len(values) for place, values in accuracies.items() if values}
-    if not means:
-        return []
-    best = groups[max(means, key=lambda place: means[place])]
-    loss = spread(best.numbers("test", "loss"), 3)
-    return [
-        (f"{accuracy_of(best, 'test')} %", f"highest mean test accuracy: {best.name}"),
-        (loss, "its test loss"),
-    ]
+    """The row of the highest mean test accuracy, among those that saw the same labels: a row that trains on
+    validation images knows more than the others, and is named beside them."""
+    found = []
+    for kind, among in _by_information(groups).items():
+        means = {group.name: statistics.mean(group.numbers("test", "accuracy")) for group in among}
+        best = max(among, key=lambda group: means[group.name])
+        loss = spread(best.numbers("test", "loss"), 3)
+        found.append((f"{accuracy_of(best, 'test')} %", f"{kind}: {best.name}, with a test loss of {loss}"))
+    return found
+
+
+def _by_information(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """Rows with results by the images whose labels they were trained on."""
+    kinds = {
+        "train": "best test accuracy",
+        "train_and_val": "best with training on validation images too",
+        "val": "best with training on validation images alone",
+    }
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        if group.numbers("test", "accuracy"):
+            found.setdefault(kinds[group.runs[0].config["data"]["train_on"]], []).append(group)
+    return {kind: found[kind] for kind in kinds.values() if kind in found}
 
 
 def _facts(runs: Sequence[RecordedRun]) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from .style import count_of, finite, number, percent
 # For what no single hyper step can tell; what one can, it has warned of itself, and the run has logged.
 MAX_OVER_MEDIAN = 1e3  # of the norm of a hypergradient
 MAX_SKIPPED = 0.1  # of all hyper steps
+ROUGH = 0.05  # of a linear system, unsolved
 MAX_CLIPPED = 0.5  # of the values of a setting, at the last hyper step
 
 _CALMER = {
@@ -40,7 +41,7 @@ def trust_sentences(run: RecordedRun) -> list[str]:
     if not run.hyper and not run.skipped:
         return ["No hyper step has been taken, so there is nothing to judge."]
     found = [*doubts(run), *_not_logged(run)] or [
-        f"Nothing in the numbers of this run speaks against the hypergradient{_solved(run)}."
+        f"No hyper step warned, and no number of this run is out of the ordinary.{_solved(run)}"
     ]
     return [*found, _EXACTNESS[method]]
 
@@ -73,7 +74,8 @@ def _solved(run: RecordedRun) -> str:
     residual = late_residual(run)
     if residual is None:
         return ""
-    return f": the solver left {number(100 * residual, 2)} % of the linear system unsolved"
+    rough = ", so that it is not the hypergradient of a full solve" if residual > ROUGH else ""
+    return f" Solves left {number(100 * residual, 2)} % of the linear system unsolved (median){rough}."
 
 
 def _outlier(run: RecordedRun) -> str | None:
@@ -103,7 +105,7 @@ def _many_skipped(run: RecordedRun) -> str | None:
     reason, count = Counter(str(line.get("reason", "no reason given")) for line in run.skipped).most_common(
         1
     )[0]
-    often = "each time" if count == skipped else f"{count} times"
+    often = "each time" if count == skipped else "once" if count == 1 else f"{count} times"
     return (
         f"{skipped} of {tried} hyper steps were skipped "
         f"({percent(skipped / tried)}), {often} for this reason: {reason}"
