@@ -6,8 +6,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -20,10 +21,12 @@ from hypothesis import strategies as st
 from runs import CONFIGS, CONFIGURATIONS, run_command
 from torch_hypergrad import Unrolled
 from torch_hypergrad.cli import main
+from torch_hypergrad.experiment import start
 from torch_hypergrad.experiment.build import make_method
 from torch_hypergrad.experiment.checks import check
 from torch_hypergrad.experiment.config import Config, ConfigError
 from torch_hypergrad.experiment.parsing import read_config
+from torch_hypergrad.experiment.stopping import StopRequest
 
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 
@@ -338,10 +341,10 @@ def section_of(content: Any, path: tuple[Any, ...]) -> Any:
 
 
 @st.composite
-def mutated(draw: st.DrawFn) -> str:
-    """A valid configuration with one to three faults."""
-    content = copy.deepcopy(draw(st.sampled_from(SOURCES)))
-    for _ in range(draw(st.integers(1, 3))):
+def mutated(draw: st.DrawFn, sources: Sequence[Any] = SOURCES, most_faults: int = 3) -> str:
+    """A valid configuration with some faults."""
+    content = copy.deepcopy(draw(st.sampled_from(sources)))
+    for _ in range(draw(st.integers(1, most_faults))):
         there = places(content)
         if not there:
             break
@@ -385,6 +388,35 @@ def test_mutated_configurations_are_valid_or_refused_in_one_line(text: str) -> N
         assert len(lines) == 1, lines
         assert lines[0].startswith("torch-hypergrad: error: ")
         assert out.getvalue() == ""
+
+
+class StopSoon(StopRequest):
+    """A stop after three training steps, so that no mutation trains for ever."""
+
+    def __init__(self) -> None:
+        super().__init__(signal=signal.SIGINT)
+        self._left = 3
+
+    @property
+    def requested(self) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(text=mutated(SOURCES[: len(CONFIGURATIONS)], most_faults=1))
+def test_mutated_configurations_train_or_end_in_one_line(text: str) -> None:
+    err = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start, "stop_on_signals", lambda: contextlib.nullcontext(StopSoon()))
+        patch.chdir(folder)
+        Path("mutated.yaml").write_text(text, encoding="utf-8")
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+            code = main(["train", "--config", "mutated.yaml"])
+    last = err.getvalue().splitlines()[-1]
+    assert code in (0, 1, 2, 3, 128 + signal.SIGINT), last
+    assert code in (0, 3) or last.startswith(("torch-hypergrad: ", "Stopped. Go on with: "))
 
 
 def test_checks_let_the_defaults_pass() -> None:
