@@ -74,7 +74,7 @@ EXPERIMENT_ORDER = (
     ("config",),
     ("checks", "edits", "keys", "options", "order", "plain", "stopping"),
     ("datasets", "models", "parsing", "run_folder"),
-    ("data", "metrics"),
+    ("data", "metrics", "trained"),
     ("objective",),
     ("build",),
     ("results",),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # each is imported when it is first asked for: torch takes se
         SolverError,
         TrajectoryError,
     )
+    from .experiment.trained import TrainedModel, load_run
     from .hyper_optimizer import Evaluation, HyperOptimizer, HyperReport
     from .methods import DrMAD, ForwardMode, Implicit, Method, Unrolled
     from .methods.unrolled import t1t2
@@ -47,16 +48,20 @@ __all__ = [
     "Solver",
     "SolverError",
     "TensorHyperparameter",
+    "TrainedModel",
     "TrajectoryError",
     "Unrolled",
     "UpdateRule",
     "keep_freed_memory",
+    "load_run",
     "register_buffers",
     "register_update",
     "t1t2",
 ]
 
 _HOMES = {
+    "TrainedModel": "experiment.trained",
+    "load_run": "experiment.trained",
     "keep_freed_memory": "device.host_memory",
     "HypergradientError": "errors",
     "NonFiniteError": "errors",

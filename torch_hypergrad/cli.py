@@ -1,11 +1,11 @@
-"""The command line: ``torch-hypergrad train | resume | report | compare``."""
+"""The command line: ``torch-hypergrad train | resume | report | compare | predict``."""
 
 from __future__ import annotations
 
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -33,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse(parser, argv)
         command = arguments.command
-        return {"train": _train, "resume": _resume, "report": _report, "compare": _compare}[command](
-            commands[command], arguments[command]
-        )
+        return COMMANDS[command](commands[command], arguments[command])
     except ConfigError as error:
         return _say(f"torch-hypergrad: error: {' '.join(str(error).split())}", REFUSED)
     except TrainingError as error:
@@ -77,6 +75,8 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         "run_dirs", type=Path, nargs="+", help="folders of runs; several are compared"
     )
     commands["report"].add_argument("--out", type=Path | None, default=None, help="folder of the report")
+    commands["predict"].add_argument("run_dir", type=Path, help="the folder of a finished run")
+    commands["predict"].add_argument("pictures", type=Path, nargs="+", help="files")
     add_config(commands["compare"])
     commands["compare"].add_argument(
         "--seeds", type=int, default=3, help="how many seeds, from train.seed on"
@@ -96,12 +96,14 @@ DESCRIPTIONS = {
     "report": "Writes the report of a run, or compares several.",
     "compare": "Trains the same model with fixed, searched and tuned hyperparameters, "
     "and compares them on the test set.",
+    "predict": "Prints the classes of pictures by the network of a finished run.",
 }
 USAGE = {
     "train": "train [--config FILE] [--KEY VALUE ...]",
     "resume": "resume RUN_DIR | --last",
     "report": "report RUN_DIR [RUN_DIR ...] [--out FOLDER]",
     "compare": "compare [--config FILE] [--KEY VALUE ...] [--seeds N] [--jobs N]",
+    "predict": "predict RUN_DIR PICTURE [PICTURE ...]",
 }
 
 
@@ -144,6 +146,24 @@ def _compare(parser: ArgumentParser, arguments: Namespace) -> int:
         )
     print()
     return _show(runs, folder / "report")
+
+
+def _predict(parser: ArgumentParser, arguments: Namespace) -> int:
+    from .experiment.trained import load_run
+
+    files = [file.expanduser() for file in arguments.pictures]
+    for file, (name, probability) in zip(files, load_run(arguments.run_dir).predict(files)):
+        print(f"{file}\t{name}\t{probability:.3f}")
+    return OK
+
+
+COMMANDS: dict[str, Callable[[ArgumentParser, Namespace], int]] = {
+    "train": _train,
+    "resume": _resume,
+    "report": _report,
+    "compare": _compare,
+    "predict": _predict,
+}
 
 
 def _end(folder: Path, stopped_by: int | None) -> int:

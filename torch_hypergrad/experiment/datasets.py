@@ -191,6 +191,11 @@ def _pictures(samples: Sequence[tuple[str, int]], size: tuple[int, int, bool]) -
     return Pool(labels, lambda rows: _decode_all([samples[row][0] for row in rows.tolist()], *size))
 
 
+def read_pictures(paths: Sequence[str], width: int, height: int) -> Tensor:
+    """Pictures of any size as (n, 3, height, width) uint8. Raises ConfigError."""
+    return _decode_all(paths, width, height, resize=True)
+
+
 def _first_size(config: DataConfig, samples: Sequence[tuple[str, int]]) -> tuple[int, int, bool]:
     """Width and height of all pictures, and whether they may be resized to that."""
     if config.image_size is not None:

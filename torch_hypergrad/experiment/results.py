@@ -30,6 +30,12 @@ def summary_of(parts: Parts, progress: dict[str, Any], values: dict[str, Tensor]
     return {
         **counts,
         **{name: parts.objective.evaluate(parts.model, images) for name, images in sets.items()},
+        "inputs": {
+            "shape": list(parts.data.train.images.shape[1:]),
+            "classes": list(parts.data.classes),
+            "mean": parts.data.mean.tolist(),
+            "std": parts.data.std.tolist(),
+        },
         "sizes": {name: len(images) for name, images in sets.items()},
         "num_parameters": sum(p.numel() for p in parts.model.parameters()),
         "num_values": sum(value.numel() for value in values.values()),

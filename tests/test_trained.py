@@ -1,0 +1,76 @@
+"""The network of a run can be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from runs import CONFIGURATIONS
+from test_configurations import refused
+from test_resume import NO_STOP
+from torch_hypergrad import load_run
+from torch_hypergrad.cli import main
+from torch_hypergrad.experiment.config import Config, ConfigError
+from torch_hypergrad.experiment.data import load_data
+from torch_hypergrad.experiment.parsing import read_config
+from torch_hypergrad.experiment.run_folder import RunFolder
+from torch_hypergrad.experiment.start import run_in
+
+
+@pytest.fixture(scope="module", params=["unrolled", "implicit"])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "c.yaml").write_text(CONFIGURATIONS[request.param])
+    config = read_config(folder / "c.yaml")
+    assert run_in(config, RunFolder(folder / "run"), NO_STOP, quiet=True)
+    return config, folder / "run"
+
+
+def test_it_is_the_network_that_was_tested(finished: tuple[Config, Path]) -> None:
+    config, run = finished
+    test = load_data(config.data, config.train.seed).test
+    model = load_run(run)
+    with torch.no_grad():
+        logits = model(test.images / 255)
+    summary = json.loads((run / "summary.json").read_text())
+    assert F.cross_entropy(logits, test.labels).item() == pytest.approx(summary["test"]["loss"], rel=1e-5)
+    assert (logits.argmax(1) == test.labels).double().mean().item() == summary["test"]["accuracy"]
+
+
+def test_pictures_are_given_their_classes(
+    finished: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = finished
+    images, files = load_data(config.data, config.train.seed).test.images[:5], []
+    for number, image in enumerate(images):
+        files.append(tmp_path / f"{number}.png")
+        Image.fromarray(image[0].numpy()).save(files[-1])
+    model = load_run(run)
+    with torch.no_grad():
+        best = model(images / 255).softmax(1).max(1)
+    assert main(["predict", str(run), *map(str, files)]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == [str(file) for file in files]
+    assert [line[1] for line in lines] == [model.classes[place] for place in best.indices.tolist()]
+    assert [float(line[2]) for line in lines] == pytest.approx(best.values.tolist(), abs=1e-3)
+
+
+def test_what_cannot_be_used_is_refused(finished: tuple[Config, Path], tmp_path: Path) -> None:
+    _, run = finished
+    assert "holds no finished run" in refused("predict", tmp_path, "picture.png")
+    assert "no readable picture" in refused("predict", run, tmp_path / "nothing.png")
+
+
+def test_weights_of_another_network_are_refused(finished: tuple[Config, Path], tmp_path: Path) -> None:
+    _, run = finished
+    summary = json.loads((run / "summary.json").read_text())
+    summary["config"]["model"] = {"name": "linear"}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "model.pt").write_bytes((run / "model.pt").read_bytes())
+    with pytest.raises(ConfigError, match="does not fit the network of the run"):
+        load_run(tmp_path)
