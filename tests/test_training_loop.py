@@ -268,6 +268,24 @@ def test_a_healthy_run_warns_of_nothing(tmp_path: Path, capsys: pytest.CaptureFi
     assert "gave a warning" not in (folder / "report" / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("method", "cost"),
+    [
+        ({"name": "unrolled"}, 1 + 3 * 10),
+        ({"name": "unrolled", "truncation": 4}, 1 + 3 * 4),
+        ({"name": "forward"}, 1 + 2 * 10 * 2),
+    ],
+    ids=str,
+)
+def test_the_cost_of_hyper_steps(method: dict[str, Any], cost: int, tmp_path: Path) -> None:
+    """In forward mode each of the two values has a derivative of its own, carried along with each step."""
+    text = SMALL.replace("{name: implicit, solver: cg, damping: 0.1}", str(method)).replace(
+        "weight_decay", "lr"
+    )
+    config = configured(text, tmp_path, tune={"momentum": {}})
+    assert summary_of(run(config, tmp_path))["cost"] == 40 + 3 * cost
+
+
 # ---- commands ----------------------------------------------------------------------------------------------
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import HypergradientError, SolverError
-from ..hyper_optimizer import HyperOptimizer, HyperReport
+from ..hyper_optimizer import HyperOptimizer
 from .build import Parts
-from .config import Config, MethodConfig
+from .config import Config
 from .edits import Change, check_edits, told
 from .metrics import MetricsLog, by_kind, in_brief
 from .results import summary_of, tuned_of
@@ -146,7 +146,9 @@ class Run:
             bar.write(f"step {progress.step}: hyper step skipped. {reason}")
         else:
             progress.num_hyper_steps += 1
-            progress.cost += cost_of(self.config.method, report, self._window())
+            window = self.config.train.hyper_every or self.parts.steps
+            num_values = sum(value.numel() for value in hyper.values().values())
+            progress.cost += hyper._method.cost(window, num_values, report.num_matvecs)
             self._metrics.hyper_step(progress.step, report, hyper.values())
             self._tell(report.warnings, bar)
         if self.config.train.episodes > 1:
@@ -158,12 +160,6 @@ class Run:
             if kind not in self._told and not bar.disable:
                 bar.write(f"step {self.progress.step}: warning. {warning}")
             self._told.add(kind)
-
-    def _window(self) -> int:
-        """Training steps that an unrolled hyper step goes back over."""
-        truncation = self.config.method.truncation
-        window = self.config.train.hyper_every or self.parts.steps
-        return window if truncation is None else min(window, truncation)
 
     def _guarded(self, act: Callable[[], Any]) -> Any:
         try:
@@ -265,11 +261,3 @@ def is_hyper_step(config: Config, steps: int, step: int) -> bool:
         and step > train.warmup
         and (step - train.warmup) % train.hyper_every == 0
     )
-
-
-def cost_of(method: MethodConfig, report: HyperReport, window: int) -> float:
-    """A hyper step's cost in training steps, counted, not timed: a product with the Hessian is taken as 2
-    training steps, a replayed step as 3, and the validation gradient and the mixed product as 3 together."""
-    if method.name == "implicit":
-        return 3 + 2 * (report.num_matvecs or 0) * (method.num_batches or 1)
-    return 1 + 3 * window

@@ -78,6 +78,9 @@ class DrMAD(Method):
                     "method=Unrolled()."
                 )
 
+    def cost(self, window: int, num_values: int, num_matvecs: int | None) -> float:
+        return 1 + 3 * min(window, self.num_points or max(1, window // 10))
+
     def start(self, problem: Problem) -> Window:
         """An empty history."""
         return SweepWindow(problem, "DrMAD", StraightPath(problem.transition, self.num_points), "reverse")

@@ -42,6 +42,9 @@ class ForwardMode(Method):
     def check(self, hyperparameters: HyperparameterSet, rule: UpdateRule, optimizer_name: str) -> None:
         """Every hyperparameter has a tangent."""
 
+    def cost(self, window: int, num_values: int, num_matvecs: int | None) -> float:
+        return 1 + 2 * window * num_values
+
     def start(self, problem: Problem) -> Window:
         """Zero tangents."""
         return ForwardWindow(problem)

@@ -165,6 +165,9 @@ class Implicit(Method):
                     "training steps. Use method=Unrolled(), or per='group'."
                 )
 
+    def cost(self, window: int, num_values: int, num_matvecs: int | None) -> float:
+        return 3 + 2 * (num_matvecs or 0) * self.num_batches
+
     def start(self, problem: Problem) -> Window:
         """No batches yet."""
         return ImplicitWindow(problem, self)

@@ -98,6 +98,9 @@ class Unrolled(Method):
     def check(self, hyperparameters: HyperparameterSet, rule: UpdateRule, optimizer_name: str) -> None:
         """Every hyperparameter can be unrolled."""
 
+    def cost(self, window: int, num_values: int, num_matvecs: int | None) -> float:
+        return 1 + 3 * (window if self.truncation is None else min(window, self.truncation))
+
     def start(self, problem: Problem) -> Window:
         """An empty history."""
         return SweepWindow(problem, "Unrolled", history_of(problem, self), self.second_order)

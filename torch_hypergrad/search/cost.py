@@ -6,31 +6,21 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from ..hyper_optimizer import Evaluation, HyperOptimizer, HyperReport
-from ..methods import DrMAD, ForwardMode, Implicit, Unrolled
 
 COST = "cost"
 """The user attribute of a trial."""
 
 
 def hyper_step_cost(hyper: HyperOptimizer, report: HyperReport | Evaluation, window: int) -> float:
-    """A hyper step's cost in training steps, counted, not timed: a product with the Hessian is taken as 2
-    training steps, a replayed step as 3, the validation gradient as 1 and a mixed product as 2.
+    """A hyper step's cost in training steps, as its method counts it (:meth:`Method.cost`).
 
     Args:
         hyper: who took it.
         report: what it said, for the number of products.
         window: training steps since the last one.
     """
-    method = hyper._method
-    if isinstance(method, Implicit):
-        return 3 + 2 * (report.num_matvecs or 0) * method.num_batches
-    if isinstance(method, ForwardMode):
-        return 1 + 2 * window * sum(value.numel() for value in hyper.values().values())
-    if isinstance(method, Unrolled) and method.truncation is not None:
-        window = min(window, method.truncation)
-    if isinstance(method, DrMAD):
-        window = min(window, method.num_points or max(1, window // 10))
-    return 1 + 3 * window
+    num_values = sum(value.numel() for value in hyper.values().values())
+    return hyper._method.cost(window, num_values, report.num_matvecs)
 
 
 def best_so_far(study: Study) -> tuple[list[float], list[float]]:
