@@ -26,7 +26,7 @@ ORDER = (
     ("methods",),
     ("safety",),
     ("hyper_optimizer",),
-    ("bilevel", "search", "testing"),
+    ("bilevel", "search", "testing", "transforms"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 

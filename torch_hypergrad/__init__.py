@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # each is imported when it is first asked for: torch takes se
     from .methods.unrolled import t1t2
     from .solvers import CG, Cholesky, Identity, Neumann, Nystrom, SolveInfo, Solver
     from .step.buffer_rules import BufferRule, register_buffers
+    from .transforms import clip_grad_norm
     from .tune.adaptive_step import AdaptiveStep
     from .tune.hyperparameter import Hyperparameter, TensorHyperparameter
     from .updates import UpdateRule, register_update
@@ -52,6 +53,7 @@ __all__ = [
     "TrajectoryError",
     "Unrolled",
     "UpdateRule",
+    "clip_grad_norm",
     "keep_freed_memory",
     "load_run",
     "register_buffers",
@@ -60,6 +62,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "clip_grad_norm": "transforms",
     "TrainedModel": "experiment.trained",
     "load_run": "experiment.trained",
     "keep_freed_memory": "device.host_memory",

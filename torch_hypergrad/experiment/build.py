@@ -16,6 +16,7 @@ from torch.optim import Optimizer, lr_scheduler
 from ..errors import HypergradientError
 from ..hyper_optimizer import HyperOptimizer
 from ..methods import Method
+from ..transforms import clip_grad_norm
 from ..tune.hyperparameter import Hyperparameter
 from .checks import LOSS_TENSORS, METHODS, SOLVERS, method_keys
 from .config import Config, ConfigError, DataConfig
@@ -24,7 +25,7 @@ from .models import Augmenter, make_model
 from .objective import Objective
 from .options import call_with_options
 from .order import Shuffled
-from .plain import PlainTraining, clip_by_norm
+from .plain import PlainTraining
 
 
 @lru_cache(maxsize=2)
@@ -183,7 +184,7 @@ def _class_in(module: ModuleType, name: str, base: type, key: str) -> Any:
 def _training(
     config: Config, model: nn.Module, optimizer: Optimizer, objective: Objective, steps: int
 ) -> HyperOptimizer | PlainTraining:
-    clip = None if config.train.clip_norm is None else clip_by_norm(config.train.clip_norm)
+    clip = None if config.train.clip_norm is None else clip_grad_norm(config.train.clip_norm)
     if config.method.name == "none":
         return PlainTraining(model, optimizer, objective.train_loss, clip)
     hyper = config.hyper_optimizer

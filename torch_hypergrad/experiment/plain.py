@@ -57,14 +57,3 @@ class PlainTraining:
         torch.set_rng_state(state["rng"][0])
         if device.type != "cpu":
             torch.get_device_module(device).set_rng_state(state["rng"][1], device)
-
-
-def clip_by_norm(max_norm: float) -> Callable[[list[Tensor]], list[Tensor]]:
-    """Scales all gradients by one factor to a common norm of at most ``max_norm``; differentiable."""
-
-    def clip(grads: list[Tensor]) -> list[Tensor]:
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        return [grad * factor for grad in grads]
-
-    return clip
