@@ -106,11 +106,11 @@ def run_in(
 @contextmanager
 def _told_in_one_line(folder: RunFolder) -> Iterator[None]:
     """What the machine lacks ends training with the reason: room on the disk or in memory."""
-    go_on = f"Go on with: torch-hypergrad resume {folder.path}"
     try:
         yield
     except OSError as error:
-        raise TrainingError(f"Training stopped: {error}. Make room, or allow writing. {go_on}") from error
+        go_on = f" Go on with: torch-hypergrad resume {folder.path}" if folder.config_file.exists() else ""
+        raise TrainingError(f"Training stopped: {error}. Make room, or allow writing.{go_on}") from error
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY.search(str(error))):
             raise
