@@ -28,6 +28,7 @@ setup(
         "torchvision>=0.21",
         "higher>=0.2.1",
         "numpy>=1.26",
+        "pillow>=10",
         "scipy>=1.11",
         "tqdm>=4.66",
         "matplotlib>=3.8",
