@@ -62,15 +62,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "clip_grad_norm": "transforms",
-    "TrainedModel": "experiment.trained",
-    "load_run": "experiment.trained",
     "keep_freed_memory": "device.host_memory",
     "HypergradientError": "errors",
     "NonFiniteError": "errors",
     "NotTwiceDifferentiableError": "errors",
     "SolverError": "errors",
     "TrajectoryError": "errors",
+    "TrainedModel": "experiment.trained",
+    "load_run": "experiment.trained",
     "Evaluation": "hyper_optimizer",
     "HyperOptimizer": "hyper_optimizer",
     "HyperReport": "hyper_optimizer",
@@ -89,6 +88,7 @@ _HOMES = {
     "Solver": "solvers",
     "BufferRule": "step.buffer_rules",
     "register_buffers": "step.buffer_rules",
+    "clip_grad_norm": "transforms",
     "AdaptiveStep": "tune.adaptive_step",
     "Hyperparameter": "tune.hyperparameter",
     "TensorHyperparameter": "tune.hyperparameter",

@@ -210,7 +210,8 @@ class OutputConfig:
     """What a run writes, and where.
 
     Args:
-        folder: the folder of the run. null takes runs/ with the configuration's name, date and time
+        folder: the folder of the run. null takes a new one in runs/, with the configuration's
+            name, the seed, date and time
         log_every: training steps between two lines of the training loss
         eval_every: training steps between two evaluations on the training and validation images. null takes a
             fiftieth of the run

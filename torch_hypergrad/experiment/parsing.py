@@ -98,7 +98,7 @@ def _check_keys(argv: Sequence[str]) -> None:
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
-        _size(yaml.compose(text, Loader=yaml.SafeLoader), file, {})
+        _checked_size(yaml.compose(text, Loader=yaml.SafeLoader), file, {})
         content = yaml.safe_load(text)
     except RecursionError as error:
         raise ConfigError(f"{file} is nested too deeply to be a configuration.") from error
@@ -112,7 +112,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 MOST_VALUES = 10_000  # of a configuration, written out
 
 
-def _size(node: yaml.Node | None, file: Path, known: dict[int, int]) -> int:
+def _checked_size(node: yaml.Node | None, file: Path, known: dict[int, int]) -> int:
     """How many values a node has when its aliases are written out.
 
     Raises:
@@ -125,7 +125,7 @@ def _size(node: yaml.Node | None, file: Path, known: dict[int, int]) -> int:
         if isinstance(node, yaml.MappingNode):
             _check_once([key for key, _ in node.value], file)
             inner = [part for pair in node.value for part in pair]
-        known[id(node)] = 1 + sum(_size(part, file, known) for part in inner)
+        known[id(node)] = 1 + sum(_checked_size(part, file, known) for part in inner)
         if known[id(node)] > MOST_VALUES:
             raise ConfigError(f"{file} has more than {MOST_VALUES} values, with its aliases written out.")
     return known[id(node)]
