@@ -18,47 +18,47 @@ SURROUNDINGS = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1
 # Everything random and every kind of state at once: dropout, flips, momentum, a scheduler, label noise,
 # batches, and a trajectory with few snapshots that is open at most checkpoints.
 UNROLLED = """
-data: {train_size: 60, val_size: 40, test_size: 50, label_noise: 0.2, augment: flip}
-model: {name: cnn, options: {width: 4, dropout: 0.2}}
-optimizer: {name: Adam, options: {lr: 0.003, eps: 1.0e-4}}
-scheduler: {name: CosineAnnealingLR, options: {T_max: 100}}
+task: {name: ImageClassification, train_size: 60, val_size: 40, test_size: 50, label_noise: 0.2, augment: flip}
+model: {name: CNN, width: 4, dropout: 0.2}
+optimizer: {name: Adam, lr: 0.003, eps: 1.0e-4}
+scheduler: {name: CosineAnnealingLR, T_max: 100}
 tune:
   lr: {log: true}
   weight_decay: {per: element, init: 1.0e-3, log: true}
-method: {name: unrolled, max_snapshots: 5}
-hyper_optimizer: {options: {lr: 0.05}}
+method: {name: Unrolled, max_snapshots: 5}
+hyper_optimizer: {name: Adam, lr: 0.05}
 train: {steps: 50, batch_size: 16, hyper_every: 15, warmup: 7, val_batch_size: 20, \
 clip_norm: 1.0, threads: 1, seed: 5}
 output: {checkpoint_every: 9, log_every: 3, tensorboard: false}
 """
 IMPLICIT = """
-data: {train_size: 60, val_size: 40, test_size: 50, label_noise: 0.3}
-model: {name: mlp, options: {hidden: [16], dropout: 0.1}}
-optimizer: {name: SGD, options: {lr: 0.05, momentum: 0.9}}
-scheduler: {name: StepLR, options: {step_size: 2}, every: epoch}
+task: {name: ImageClassification, train_size: 60, val_size: 40, test_size: 50, label_noise: 0.3}
+model: {name: MLP, hidden: [16], dropout: 0.1}
+optimizer: {name: SGD, lr: 0.05, momentum: 0.9}
+scheduler: {name: StepLR, step_size: 2}
 tune:
   weight_decay: {per: tensor, init: 1.0e-2, log: true}
   example_weights: {init: 0.6}
   augmentation: {}
-method: {name: implicit, solver: neumann, num_terms: 4, damping: 1.0, num_batches: 3}
-train: {epochs: 20, batch_size: 20, hyper_every: 10, warmup: 5, threads: 1}
+method: {name: Implicit, solver: {name: Neumann, num_terms: 4, damping: 1.0}, num_batches: 3}
+train: {epochs: 20, batch_size: 20, hyper_every: 10, warmup: 5, scheduler_every: epoch, threads: 1}
 output: {checkpoint_every: 9, log_every: 3, tensorboard: false}
 """
 SCHEDULE = """
-data: {train_size: 60, val_size: 40, test_size: 50}
-model: {name: linear}
-optimizer: {name: SGD, options: {lr: 0.05, momentum: 0.5}}
+task: {name: ImageClassification, train_size: 60, val_size: 40, test_size: 50}
+model: {name: Linear}
+optimizer: {name: SGD, lr: 0.05, momentum: 0.5}
 tune: {lr: {per: step, log: true}}
-method: {name: unrolled}
+method: {name: Unrolled}
 train: {steps: 12, episodes: 6, batch_size: 20, threads: 1}
 output: {checkpoint_every: 5, log_every: 3, tensorboard: false}
 """
 PLAIN = """
-data: {train_size: 60, val_size: 40, test_size: 50, train_on: train_and_val, augment: crop_flip}
-model: {name: cnn, options: {width: 4, dropout: 0.2}}
-optimizer: {name: SGD, options: {lr: 0.05, momentum: 0.9}}
-method: {name: none}
-train: {steps: 30, batch_size: 8, clip_norm: 0.5, threads: 1}
+task: {name: ImageClassification, train_size: 60, val_size: 40, test_size: 50, augment: crop_flip}
+model: {name: CNN, width: 4, dropout: 0.2}
+optimizer: {name: SGD, lr: 0.05, momentum: 0.9}
+method: null
+train: {steps: 30, batch_size: 8, part: train_and_val, clip_norm: 0.5, threads: 1}
 output: {checkpoint_every: 7, log_every: 1, tensorboard: true}
 """
 CONFIGURATIONS = {"unrolled": UNROLLED, "implicit": IMPLICIT, "schedule": SCHEDULE, "plain": PLAIN}

@@ -76,7 +76,7 @@ def make_run(
     final: Mapping[str, Tensor] | None = None,
     *,
     tune: Mapping[str, Tune] | None = None,
-    config: Mapping[str, Mapping[str, Any]] | None = None,
+    config: Mapping[str, Mapping[str, Any] | None] | None = None,
     num_hyper: int = 20,
     hyper: Mapping[str, Any] | None = None,  # lists with one entry for each hyper step, or one for all
     skipped: Sequence[int] = (),
@@ -88,10 +88,9 @@ def make_run(
     """Writes the folder of a run that went from ``start`` to ``final``."""
     start, final = dict(start or {}), dict(final or {})
     folder.mkdir(parents=True)
-    complete = {
-        section: {**value, **dict((config or {}).get(section, {}))}
-        for section, value in asdict(Config()).items()
-    }
+    complete = asdict(Config())
+    for section, value in (config or {}).items():
+        complete[section] = value if value is None or "name" in value else complete[section] | dict(value)
     complete["tune"] = {name: asdict(entry) for name, entry in (tune or {}).items()}
     (folder / "config.yaml").write_text(
         yaml.dump(complete, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))
@@ -179,7 +178,7 @@ def cleaning_run(folder: Path, **others: Any) -> Path:
     lowest |= {"weights": weights[order], "wrong": wrong[order]}
     saved = {"example_weights": weights, "wrong": wrong, "lowest": lowest}
     values = {"example_weights": (weights / (1 - weights)).log()}
-    config = {"data": {"label_noise": 0.2, "train_size": 300}}
+    config = {"task": {"label_noise": 0.2, "train_size": 300}}
     start = {"example_weights": torch.zeros(300)}
     return make_run(
         folder, start, values, tune={"example_weights": Tune()}, config=config, tuned=saved, **others
@@ -207,5 +206,5 @@ def schedule_run(folder: Path) -> Path:
     }
     tune = {"lr": Tune(per="step", init=0.1), "weight_decay": Tune(init=1e-4, log=True)}
     return make_run(folder, start, final, tune=tune, hyper={"residual": None, "num_matvecs": None},
-                    config={"method": {"name": "unrolled"},
+                    config={"method": {"name": "Unrolled"},
                             "train": {"steps": 500, "episodes": 20}})  # fmt: skip

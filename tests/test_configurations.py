@@ -25,18 +25,12 @@ from torch_hypergrad.experiment import start
 from torch_hypergrad.experiment.build import make_method
 from torch_hypergrad.experiment.checks import check
 from torch_hypergrad.experiment.config import Config, ConfigError
-from torch_hypergrad.experiment.parsing import read_config
+from torch_hypergrad.experiment.keys import check_content
+from torch_hypergrad.experiment.old import is_old, modern
+from torch_hypergrad.experiment.parsing import _take_config, read_config
 from torch_hypergrad.experiment.stopping import StopRequest
 
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
-
-
-NO_SOLVER = [
-    "--method.solver=null",
-    "--method.num_terms=null",
-    "--method.damping=null",
-    "--method.num_batches=null",
-]
 
 
 UNROLLED_START = "tune: {weight_decay: {}}\ntrain: {steps: 20, hyper_every: 10}"
@@ -87,10 +81,11 @@ def test_a_shipped_configuration_is_valid_and_documented(file: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--method.solver=nystrom", "--method.num_terms=null", "--method.rank=5", "--method.max_steps=10"],
-        ["--method.solver=nystrom", "--method.num_terms=null", "--method.max_steps=0"],
+        ["--method.solver", "Nystrom", "--method.solver.rank=5", "--method.solver.max_steps", "10"],
+        ["--method.solver={name: Nystrom, max_steps: 0, damping: 0.1}"],
+        ["--method", "Implicit", "--method.solver", "Cholesky", "--method.solver.damping", "0.1"],
         ["--method.curvature=gauss_newton"],
-        ["--method.preconditioner=second_moments", "--optimizer={name: AdamW, options: {lr: 0.01}}"],
+        ["--method.preconditioner=second_moments", "--optimizer=AdamW", "--optimizer.lr", "1e-2"],
     ],
     ids=" ".join,
 )
@@ -132,48 +127,55 @@ def test_help_shows_every_key_with_type_default_and_meaning(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data.nmae=mnist"], "Unknown key data.nmae on the command line. The nearest is data.name"),
+        (["--data.root=x"], "--data.root is now --task.root."),
+        (["--optimizer.options.lr=1"], "--optimizer.options.lr is now --optimizer.lr."),
+        (["--task.dtaa=mnist"], "task: ImageClassification has no dtaa. Did you mean data?"),
         (["--tuen=3"], "The nearest is tune"),
         (["--tune.weight_decay.pre=group"], "The nearest is tune.weight_decay.per"),
         (["--batch_size=3"], "The nearest is train.batch_size"),
-        (["--tune.betas.0.per=group"], "--tune '{betas.0: {per: VALUE}}'"),
+        (["--tune.betas.0.pre=group"], "The nearest is tune.betas.0.per"),
         (["--train.batch_size=1.5"], "train.batch_size: expected int or null. Got 1.5."),
         (["--train.batch_size=0"], "train.batch_size must be at least 1, got 0"),
-        (["--data.name=mnst"], "got mnst. The nearest is mnist."),
+        (["--task.data=mnst"], "task.data: got 'mnst', expected one of digits, mnist"),
         (["--tune.weight_decay.per=elment"], "The nearest is element."),
-        (["--optimizer.name=Adm"], "optimizer.name=Adm is no class of torch.optim. The nearest is Adam."),
-        (["--optimizer.options.mometum=0.9"], "momentum"),
-        (["--optimizer.options.lr=-1"], "Invalid learning rate"),
-        (["--scheduler.name=StepRL"], "The nearest is StepLR."),
+        (["--optimizer.name=Adm"], "optimizer: there is no Adm. The nearest is Adam;"),
+        (["--optimizer=sgd"], "optimizer: there is no sgd. The nearest is SGD;"),
+        (["--optimizer.mometum=0.9"], "momentum"),
+        (["--optimizer.lr=-1"], "Invalid learning rate"),
+        (["--scheduler.name=StepRL"], "The nearest is StepLR;"),
         (["--scheduler.name=ReduceLROnPlateau"], "needs a metric"),
-        (["--hyper_optimizer.options={lr: fast}"], "hyper_optimizer.options.lr"),
+        (["--hyper_optimizer.lr=fast"], "hyper_optimizer.lr: got 'fast', expected "),
+        (["--method.rtol=0.1"], "method: Implicit has no rtol. It has solver, num_batches"),
+        (["--method.solver.rank=3"], "method.solver: Neumann has no rank. It has num_terms, scale"),
+        (["--method.solver=neumann"], "method.solver: there is no neumann. The nearest is Neumann;"),
+        (["--method.solver={name: Nystrom, rank: 0}"], "rank must be at least 1, got 0"),
+        (["--method.solver={name: CG, max_steps: 0}"], "CG: max_steps must be at least 1, got 0"),
+        (["--method.solver.num_terms=many"], "method.solver.num_terms: got 'many', expected int."),
+        (["--method=Implicit"], "solver"),
+        (["--method.solver.rank"], "--method.solver.rank needs a value."),
         (
-            ["--method.rtol=0.1"],
-            "method.rtol=0.1 does not go with method.name=implicit with method.solver=neumann",
+            ["--method.solver=os.getcwd"],
+            "method.solver: os.getcwd is no subclass of torch_hypergrad's Solver.",
         ),
+        (["--method.solver={num_terms: {}}"], "method.solver.num_terms: got {}, expected int."),
+        (["--method={name: 3}"], "method needs the name of a class"),
+        (["--task=nowhere_at_all.MyTask"], "task: importing nowhere_at_all failed"),
         (
-            ["--method.rank=3"],
-            "method.rank=3 does not go with method.name=implicit with method.solver=neumann",
+            ["--method.curvature=gauss"],
+            "method.curvature: got 'gauss', expected one of hessian, gauss_newton.",
         ),
-        (
-            ["--method.solver=nystrom", "--method.num_terms=null", "--method.rank=0"],
-            "method.rank must be at least 1, got 0",
-        ),
-        (
-            ["--method.solver=cg", "--method.num_terms=null", "--method.max_steps=0"],
-            "CG: max_steps must be at least 1, got 0",
-        ),
-        (["--method.curvature=gauss"], "method.curvature: expected"),
         (["--method.preconditioner=second_moments"], "SGD keeps no second moments"),
-        (["--method.truncation=3"], "method.truncation=3 does not go with"),
-        (["--method.max_graphs=3"], "method.max_graphs=3 does not go with method.name=implicit"),
-        (["--method.max_graphs=0"], "method.max_graphs must be at least 1, got 0"),
-        (["--method.max_graphs=some"], "method.max_graphs: expected int or null"),
+        (["--method.truncation=3"], "method: Implicit has no truncation."),
+        (["--method={name: Unrolled, max_graphs: 0}"], "max_graphs must be at least 1, got 0"),
+        (
+            ["--method=Unrolled", "--method.max_graphs=some"],
+            "max_graphs must be an int or None, got 'some'.",
+        ),
         (
             ["--method.second_order=reversed"],
-            "expected one of reverse, forward, finite_difference; got reversed.",
+            "method.second_order: got 'reversed', expected one of reverse, forward, finite_difference.",
         ),
-        (["--method.name=none"], "method.name=none trains without tuning"),
+        (["--method=null"], "method=null trains without tuning"),
         (["--tune={}"], "needs something to tune"),
         (["--tune={lr: {}}"], "'lr' cannot be tuned with Implicit"),
         (["--tune={lr: {per: step}}"], "train.episodes"),
@@ -187,20 +189,20 @@ def test_help_shows_every_key_with_type_default_and_meaning(
         (["--train.epochs=1", "--train.hyper_every=50"], "The first hyper step would be at"),
         (["--train.hyper_every=null"], "there would be no hyper step"),
         (["--train.episodes=3"], "a scheduler goes on"),
-        (["--train.episodes=3", "--scheduler.name=null"], "one hyper step after each"),
+        (["--train.episodes=3", "--scheduler=null"], "one hyper step after each"),
         (["--train.device=cuda:77"], "train.device=cuda:77 cannot be used"),
         (["--train.device=meta"], "holds no numbers"),
         (["--train.device=toaster"], "train.device=toaster cannot be used"),
         (["--train.seed=-1"], "train.seed must be in"),
         (["--train.clip_norm=-1"], "train.clip_norm must be positive"),
-        (["--data.label_noise=1"], "data.label_noise"),
-        (["--data.train_on=val"], "overfits them"),
-        (["--data.train_size=5000"], "5000"),
-        (["--model.module=torch.nn.Lineer"], "Linear"),
-        (["--model.module=torch.nn.Identity"], "one logit for each class"),
+        (["--task.label_noise=1"], "task.label_noise"),
+        (["--train.part=val"], "overfits them"),
+        (["--task.train_size=5000"], "5000"),
+        (["--model=torch.nn.Lineer"], "Linear"),
+        (["--model=torch.nn.Identity"], "expected (2, 10)"),
         (
-            ["--model.module=torch.nn.Linear", "--model.options={in_features: 3, out_features: 10}"],
-            "fails on images of shape",
+            ["--model", "torch.nn.Linear", "--model.in_features=3", "--model.out_features=10"],
+            "fails on inputs of shape",
         ),
         (["--compare.low=0"], "0 < compare.low < compare.high"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
@@ -215,15 +217,11 @@ def test_a_bad_argument_is_refused(arguments: list[str], message: str, digits: P
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (
-            "{name: unrolled, max_graphs: 3, offload: cpu}",
-            "method.max_graphs=3 does not go with method.offload=cpu",
-        ),
-        (
-            "{name: unrolled, max_graphs: 3, second_order: forward}",
-            "method.max_graphs=3 does not go with method.second_order=forward",
-        ),
-        ("{name: forward, max_graphs: 3}", "method.max_graphs=3 does not go with method.name=forward"),
+        ("{name: Unrolled, max_graphs: 3, offload: cpu}", "offload"),
+        ("{name: Unrolled, max_graphs: 3, memory: 5}", "memory"),
+        ("{name: Unrolled, memory: 1.5}", "memory"),
+        ("{name: Unrolled, max_graphs: 3, second_order: forward}", "second_order"),
+        ("{name: ForwardMode, max_graphs: 3}", "method: ForwardMode has no max_graphs."),
     ],
 )
 def test_ways_that_do_not_go_together_are_refused(method: str, message: str, tmp_path: Path) -> None:
@@ -235,11 +233,11 @@ def test_ways_that_do_not_go_together_are_refused(method: str, message: str, tmp
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
-        ("{name: unrolled}", Unrolled(truncation=10)),
-        ("{name: unrolled, max_graphs: 3}", Unrolled(truncation=10, max_graphs=3)),
-        ("{name: unrolled, max_graphs: 3, second_order: reverse}", Unrolled(truncation=10, max_graphs=3)),
+        ("{name: Unrolled}", Unrolled(truncation=10)),
+        ("{name: Unrolled, max_graphs: 3}", Unrolled(truncation=10, max_graphs=3)),
+        ("{name: Unrolled, max_graphs: 3, second_order: reverse}", Unrolled(truncation=10, max_graphs=3)),
         (
-            "{name: unrolled, second_order: finite_difference, max_snapshots: 4}",
+            "{name: Unrolled, second_order: finite_difference, max_snapshots: 4}",
             Unrolled(truncation=10, max_snapshots=4, second_order="finite_difference"),
         ),
     ],
@@ -279,7 +277,7 @@ def test_a_bad_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
         (["report", "nowhere"], "nowhere"),
         (["compare", "--seeds=0"], "--seeds and --jobs must be at least 1"),
         (["compare", "--compare.setting=wait_decay"], "compare.setting=wait_decay"),
-        (["compare", "--method.name=none", "--tune={}", *NO_SOLVER], "needs a configuration that tunes"),
+        (["compare", "--method=null", "--tune={}"], "needs a configuration that tunes"),
     ],
 )
 def test_a_bad_command_is_refused(arguments: list[str], message: str, digits: Path) -> None:
@@ -320,7 +318,9 @@ JUNK = [
         "Adam",
         "ASGD",
         "LBFGS",
-        "resnet18",
+        "ResNet18",
+        "Neumann",
+        "torch.nn.Identity",
     ),
     *([], [1], ["a", None], {}, {"a": 1}, {"per": "step"}, {"lr": 0.1, "betas": 3}, [[1], {"b": []}]),
 ]
@@ -422,3 +422,107 @@ def test_mutated_configurations_train_or_end_in_one_line(text: str) -> None:
 def test_checks_let_the_defaults_pass() -> None:
     with pytest.raises(ConfigError, match="Give either"):
         check(Config())
+
+
+OLD = {
+    "data: {name: mnist, train_on: val}\nmodel: {name: mlp, options: {hidden: [3]}}": {
+        "task": {"name": "ImageClassification", "data": "mnist"},
+        "model": {"name": "MLP", "hidden": [3]},
+    },
+    "optimizer: {options: {lr: 0.5}}\nhyper_optimizer: {name: SGD, options: {}}": {
+        "optimizer": {"name": "SGD", "lr": 0.5},
+        "hyper_optimizer": {"name": "SGD"},
+    },
+    "model: {module: my.Net, options: {a: 1}}\nscheduler: {name: null}": {
+        "model": {"name": "my.Net", "a": 1},
+    },
+    "scheduler: {name: StepLR, options: {step_size: 2}, every: epoch}": {
+        "scheduler": {"name": "StepLR", "step_size": 2}
+    },
+    "method: {name: implicit, solver: nystrom, rank: 3, curvature: gauss_newton, truncation: null}": {
+        "method": {
+            "name": "Implicit",
+            "solver": {"name": "Nystrom", "rank": 3},
+            "curvature": "gauss_newton",
+        }
+    },
+    "method: {num_terms: 3, name: implicit}": {
+        "method": {"name": "Implicit", "solver": {"name": "Neumann", "num_terms": 3}}
+    },
+    "method: {name: unrolled, max_graphs: 2}": {"method": {"name": "Unrolled", "max_graphs": 2}},
+    "method: {name: forward}": {"method": {"name": "ForwardMode"}},
+    "method: {name: none}": {"method": None},
+}
+
+
+@pytest.mark.parametrize("text", OLD)
+def test_configurations_of_version_0_1_are_read(text: str) -> None:
+    content = yaml.safe_load(text)
+    assert is_old(content)
+    new = modern(content)
+    assert {section: new[section] for section in OLD[text]} == OLD[text]
+    assert not is_old(new)
+    check_content(new, "here")
+    if "train_on" in text:
+        assert new["train"] == {"part": "val"}
+    if "every" in text:
+        assert new["train"] == {"scheduler_every": "epoch"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--optimizer.lr=0.5"], {"name": "SGD", "lr": 0.5}),
+        (["--optimizer=Adam"], {"name": "Adam"}),
+        (["--optimizer.name=Adam", "--optimizer.lr=1e-3"], {"name": "Adam", "lr": 1e-3}),
+        (
+            ["--optimizer={name: SGD, momentum: 0.9}", "--optimizer.lr=1"],
+            {"name": "SGD", "momentum": 0.9, "lr": 1},
+        ),
+    ],
+)
+def test_a_name_begins_a_class_anew_and_arguments_change_one(
+    given: list[str], expected: dict[str, Any]
+) -> None:
+    content: dict[str, Any] = {}
+    assert _take_config([*given, "--train.steps=1", "--dry_run"], content, [], ["--dry_run"]) == ["--dry_run"]
+    assert content["optimizer"] == expected
+
+
+def test_arguments_of_arguments_change_likewise() -> None:
+    content: dict[str, Any] = {}
+    words = ["--method.solver.num_terms", "5", "--method.num_batches", "2", "--tune.betas.0.per", "tensor"]
+    _take_config(words, content, [], [])
+    assert content["method"] == {
+        "name": "Implicit",
+        "solver": {"name": "Neumann", "num_terms": 5},
+        "num_batches": 2,
+    }
+    assert content["tune"] == {"betas.0": {"per": "tensor"}}
+    _take_config(["--method.solver", "CG", "--method.solver.rtol", "1e-3"], content, [], [])
+    assert content["method"]["solver"] == {"name": "CG", "rtol": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--method.help"], ["Implicit", "Unrolled", "ForwardMode", "DrMAD"]),
+        (["--method.help", "Implicit"], ["--method.solver", "--method.curvature", "num_batches"]),
+        (["--method.solver.help", "Neumann"], ["--method.solver.num_terms", "default: 20"]),
+        (["--optimizer.help", "SGD"], ["--optimizer.momentum"]),
+        (["--task.help", "TabularRegression"], ["--task.target", "the column to be told"]),
+        (["--model.help", "CNN"], ["--model.width"]),
+    ],
+)
+def test_help_of_a_named_class(
+    words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *words]) == 0
+    shown = capsys.readouterr().out
+    assert all(part in shown for part in parts), shown
+    assert "--model.input_shape" not in shown
+
+
+def test_help_of_a_class_that_does_not_exist() -> None:
+    assert "there is no Implicitt. The nearest is Implicit" in refused("train", "--method.help", "Implicitt")
+    assert "names no class" in refused("train", "--model.hidden.help", "x")

@@ -16,16 +16,16 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
-from torch_hypergrad.experiment import data as data_module
-from torch_hypergrad.experiment.config import ConfigError, DataConfig
-from torch_hypergrad.experiment.data import Data, Images, load_data
-from torch_hypergrad.experiment.datasets import Pool, Source
+from image_data import Data, Images, images_of, load_images
+from torch_hypergrad.experiment.config import ConfigError
+from torch_hypergrad.experiment.tasks import ImageClassification, images, pictures
+from torch_hypergrad.experiment.tasks.pictures import Decoded, Source
 
 
-def refused(config, *parts):
+def refused(options, *parts):
     """Loads, and finds all parts in the one line of the error."""
     with pytest.raises(ConfigError) as caught:
-        load_data(config, 0)
+        load_images(**options)
     message = str(caught.value)
     assert "\n" not in message
     for part in parts:
@@ -45,8 +45,8 @@ def same(first: Data, second: Data) -> bool:
 def numbered(num, first, num_classes):
     """Images that show their own number, in two pixels, of the class number modulo num_classes."""
     numbers = torch.arange(first, first + num)
-    images = torch.stack([numbers // 256, numbers % 256], 1).to(torch.uint8).view(num, 1, 1, 2)
-    return Pool(numbers % num_classes, lambda rows: images[rows])
+    shown = torch.stack([numbers // 256, numbers % 256], 1).to(torch.uint8).view(num, 1, 1, 2)
+    return Decoded(shown, numbers % num_classes)
 
 
 def numbers_of(images: Images) -> list[int]:
@@ -54,26 +54,26 @@ def numbers_of(images: Images) -> list[int]:
     return (pixels[:, 0] * 256 + pixels[:, 1]).tolist()
 
 
-def load_numbered(num, num_own, num_classes, config, seed=0):
+def load_numbered(num, num_own, num_classes, options, seed=0):
     own = numbered(num_own, num, num_classes) if num_own else None
     source = Source(numbered(num, 0, num_classes), own, tuple(map(str, range(num_classes))))
-    with patch.object(data_module, "read_source", lambda _: source):
-        return load_data(config, seed)
+    with patch.object(images, "read_source", lambda _: source):
+        return load_images(seed, **options)
 
 
-def expected_sizes(num, num_own, config):
+def expected_sizes(num, num_own, train_size, val_size, test_size):
     """Of the training and the test set, or None where they do not fit."""
     if num_own:
-        train = num - config.val_size if config.train_size is None else config.train_size
-        test = num_own if config.test_size is None else config.test_size
-        return (train, test) if train >= 1 and train + config.val_size <= num and test <= num_own else None
-    if config.train_size is None:
-        test = max(num // 5, 1) if config.test_size is None else config.test_size
-        train = num - config.val_size - test
+        train = num - val_size if train_size is None else train_size
+        test = num_own if test_size is None else test_size
+        return (train, test) if train >= 1 and train + val_size <= num and test <= num_own else None
+    if train_size is None:
+        test = max(num // 5, 1) if test_size is None else test_size
+        train = num - val_size - test
     else:
-        train = config.train_size
-        test = num - config.val_size - train if config.test_size is None else config.test_size
-    return (train, test) if min(train, test) >= 1 and train + test + config.val_size <= num else None
+        train = train_size
+        test = num - val_size - train if test_size is None else test_size
+    return (train, test) if min(train, test) >= 1 and train + test + val_size <= num else None
 
 
 sizes = st.none() | st.integers(1, 25)
@@ -84,45 +84,41 @@ sizes = st.none() | st.integers(1, 25)
     st.integers(1, 60),
     st.integers(0, 20),
     st.integers(2, 5),
-    st.builds(
-        DataConfig,
-        train_size=sizes,
-        val_size=st.integers(1, 25),
-        test_size=sizes,
-        train_on=st.sampled_from(["train", "val", "train_and_val"]),
-        label_noise=st.floats(0, 1, exclude_max=True),
-    ),
+    st.fixed_dictionaries({"train_size": sizes, "val_size": st.integers(1, 25), "test_size": sizes}),
+    st.sampled_from(["train", "val", "train_and_val"]),
+    st.floats(0, 1, exclude_max=True),
     st.integers(0, 2**40),
 )
-def test_sets_never_overlap_and_have_the_sizes_asked_for(num, num_own, num_classes, config, seed):
-    expected = expected_sizes(num, num_own, config)
+def test_sets_never_overlap_and_have_the_sizes_asked_for(num, num_own, num_classes, asked, part, noise, seed):
+    expected = expected_sizes(num, num_own, **asked)
+    options = {**asked, "part": part, "label_noise": noise}
     if expected is None:
         with pytest.raises(ConfigError, match="images"):
-            load_numbered(num, num_own, num_classes, config, seed)
+            load_numbered(num, num_own, num_classes, options, seed)
         return
-    loaded = load_numbered(num, num_own, num_classes, config, seed)
-    train, val, test = (numbers_of(part) for part in (loaded.train, loaded.val, loaded.test))
-    assert len(val) == config.val_size
+    loaded = load_numbered(num, num_own, num_classes, options, seed)
+    train, val, test = (numbers_of(each) for each in (loaded.train, loaded.val, loaded.test))
+    assert len(val) == asked["val_size"]
     assert len(test) == expected[1]
     assert len(set(val + test)) == len(val + test)
     assert all((number >= num) == bool(num_own) for number in test)
-    own = {"train": train, "val": [], "train_and_val": train[: expected[0]]}[config.train_on]
-    assert train == {"train": own, "val": val, "train_and_val": own + val}[config.train_on]
+    own = {"train": train, "val": [], "train_and_val": train[: expected[0]]}[part]
+    assert train == {"train": own, "val": val, "train_and_val": own + val}[part]
     assert len(set(own + val + test)) == len(own + val + test)
-    assert len(own) == (0 if config.train_on == "val" else expected[0])
-    assert loaded.wrong.sum() == round(config.label_noise * len(own))
+    assert len(own) == (0 if part == "val" else expected[0])
+    assert loaded.wrong.sum() == round(noise * len(own))
     assert not loaded.wrong[len(own) :].any()
-    for part in (loaded.val, loaded.test, loaded.train[~loaded.wrong]):
-        assert part.labels.tolist() == [number % num_classes for number in numbers_of(part)]
-    for number, label in zip(
-        numbers_of(loaded.train[loaded.wrong]), loaded.train.labels[loaded.wrong].tolist()
-    ):
+    right = Images(loaded.train.images[~loaded.wrong], loaded.train.labels[~loaded.wrong])
+    for each in (loaded.val, loaded.test, right):
+        assert each.labels.tolist() == [number % num_classes for number in numbers_of(each)]
+    wrong = Images(loaded.train.images[loaded.wrong], loaded.train.labels[loaded.wrong])
+    for number, label in zip(numbers_of(wrong), wrong.labels.tolist()):
         assert label != number % num_classes
         assert 0 <= label < num_classes
 
 
 def test_wrong_classes_are_drawn_uniformly():
-    loaded = load_numbered(6000, 0, 4, DataConfig(val_size=10, label_noise=0.9))
+    loaded = load_numbered(6000, 0, 4, {"val_size": 10, "label_noise": 0.9})
     right = torch.tensor(numbers_of(loaded.train)) % 4
     shifts = (loaded.train.labels - right)[loaded.wrong] % 4
     counts = shifts.bincount(minlength=4)
@@ -133,42 +129,44 @@ def test_wrong_classes_are_drawn_uniformly():
 
 
 def test_a_seed_gives_the_same_data_and_another_seed_another_split():
-    config = DataConfig(train_size=100, val_size=50, label_noise=0.3)
+    options = {"train_size": 100, "val_size": 50, "label_noise": 0.3}
     torch.manual_seed(1)
-    first = load_data(config, 3)
+    first = load_images(3, **options)
     state = torch.get_rng_state()
-    assert same(first, load_data(config, 3))
+    assert same(first, load_images(3, **options))
     assert torch.equal(torch.get_rng_state(), state)  # it draws from its own generator
-    other = load_data(config, 4)
+    other = load_images(4, **options)
     assert not torch.equal(first.val.images, other.val.images)
 
 
 def test_the_split_does_not_depend_on_label_noise_nor_the_held_out_images_on_train_size():
-    clean, noisy = (
-        load_data(DataConfig(train_size=100, val_size=50, label_noise=noise), 0) for noise in (0.0, 0.5)
-    )
+    clean, noisy = (load_images(train_size=100, val_size=50, label_noise=noise) for noise in (0.0, 0.5))
     assert torch.equal(clean.train.images, noisy.train.images)
     assert torch.equal(clean.val.images, noisy.val.images)
     assert torch.equal(clean.test.images, noisy.test.images)
-    few, many = (load_data(DataConfig(train_size=size, val_size=50, test_size=300), 0) for size in (10, 900))
+    few, many = (load_images(train_size=size, val_size=50, test_size=300) for size in (10, 900))
     assert torch.equal(few.val.images, many.val.images)
     assert torch.equal(few.test.images, many.test.images)
     assert torch.equal(few.train.images, many.train.images[:10])
 
 
 def test_rows_and_devices():
-    loaded = load_data(DataConfig(train_size=30, val_size=20), 0)
-    rows = torch.tensor([3, 1])
-    assert torch.equal(loaded.train[rows].images, loaded.train.images[rows])
-    assert torch.equal(loaded.train[rows].labels, loaded.train.labels[rows])
-    assert len(loaded.train[:5]) == 5
-    moved = loaded.to("meta")
-    assert {moved.train.images.device.type, moved.wrong.device.type, moved.mean.device.type} == {"meta"}
-    assert moved.classes == loaded.classes
+    task = ImageClassification(train_size=30, val_size=20, label_noise=0.1)
+    split = task.load(0)
+    rows = torch.tensor([3, 1, 3])
+    everything = images_of(split.train)
+    assert torch.equal(split.train.take(rows).inputs, everything.images[rows])
+    assert torch.equal(split.train.take(rows).targets, everything.labels[rows])
+    moved = split.to("meta")
+    assert {moved.train.inputs.device.type, moved.wrong.device.type} == {"meta"}
+    both = split.part("train_and_val").train
+    mixed = torch.tensor([35, 2, 49, 0, 30])
+    joined = torch.cat([everything.images, images_of(split.val).images])
+    assert torch.equal(both.take(mixed).inputs, joined[mixed])
 
 
 def test_mean_and_std_are_those_of_the_training_images():
-    loaded = load_data(DataConfig(train_size=150, val_size=20), 0)
+    loaded = load_images(train_size=150, val_size=20)
     pixels = loaded.train.images.double() / 255
     assert loaded.mean.item() == pytest.approx(pixels.mean().item(), rel=1e-6)
     assert loaded.std.item() == pytest.approx(pixels.std(correction=0).item(), rel=1e-6)
@@ -176,7 +174,7 @@ def test_mean_and_std_are_those_of_the_training_images():
 
 def test_a_constant_channel_has_std_one(tmp_path):
     write_pictures(tmp_path, {"a": 5, "b": 5}, color=lambda number: (10 * number, 7, 0))
-    loaded = load_data(DataConfig("image_folder", str(tmp_path), val_size=2), 0)
+    loaded = load_images(data="image_folder", root=str(tmp_path), val_size=2)
     assert loaded.std[0] > 0
     assert loaded.std[1:].tolist() == [1, 1]
     assert loaded.mean[1:].tolist() == pytest.approx([7 / 255, 0])
@@ -185,28 +183,28 @@ def test_a_constant_channel_has_std_one(tmp_path):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"val_size": 0}, ["data.val_size: got 0", "at least 1"]),
-        ({"train_size": 0}, ["data.train_size: got 0"]),
-        ({"test_size": -3}, ["data.test_size: got -3"]),
-        ({"label_noise": 1.0}, ["data.label_noise: got 1.0"]),
-        ({"label_noise": -0.1}, ["data.label_noise: got -0.1"]),
-        ({"label_noise": float("nan")}, ["data.label_noise: got nan"]),
-        ({"image_size": 16}, ["data.image_size: digits has a size of its own"]),
-        ({"name": "image_folder", "image_size": 0}, ["data.image_size: got 0"]),
+        ({"val_size": 0}, ["task.val_size: got 0", "at least 1"]),
+        ({"train_size": 0}, ["task.train_size: got 0"]),
+        ({"test_size": -3}, ["task.test_size: got -3"]),
+        ({"label_noise": 1.0}, ["task.label_noise: got 1.0"]),
+        ({"label_noise": -0.1}, ["task.label_noise: got -0.1"]),
+        ({"label_noise": float("nan")}, ["task.label_noise: got nan"]),
+        ({"image_size": 16}, ["task.image_size=16 is for image_folder, and digits"]),
+        ({"data": "image_folder", "image_size": 0}, ["task.image_size: got 0"]),
         ({"train_size": 2000}, ["train_size 2000, val_size 500, test_size null", "digits has 1797 images"]),
         ({"val_size": 1797}, ["train_size null, val_size 1797", "1797 images"]),
         ({"train_size": 1000, "test_size": 298}, ["train_size 1000, val_size 500, test_size 298"]),
     ],
 )
 def test_sizes_and_fractions_that_do_not_fit_are_refused(options, parts):
-    refused(DataConfig(**options), *parts)
+    refused(options, *parts)
 
 
 # ---- digits, MNIST, FashionMNIST, CIFAR-10 -----------------------------------------------------------------
 
 
 def test_digits_span_the_bytes():
-    loaded = load_data(DataConfig(), 0)
+    loaded = load_images()
     images = torch.cat([loaded.train.images, loaded.val.images, loaded.test.images])
     assert images.shape == (1797, 1, 8, 8)
     assert images.dtype == torch.uint8
@@ -240,7 +238,7 @@ def write_mnist(root, name="MNIST", num=(30, 12)):
 )
 def test_mnist_and_fashion_mnist(tmp_path, name, folder, classes):
     write_mnist(tmp_path, folder)
-    loaded = load_data(DataConfig(name, str(tmp_path), val_size=8), 0)
+    loaded = load_images(data=name, root=str(tmp_path), val_size=8)
     assert [len(part) for part in (loaded.train, loaded.val, loaded.test)] == [22, 8, 12]
     for part in (loaded.train, loaded.val, loaded.test):
         assert part.images.shape[1:] == (1, 28, 28)
@@ -249,12 +247,12 @@ def test_mnist_and_fashion_mnist(tmp_path, name, folder, classes):
     assert loaded.test.labels.tolist() == [number % 10 for number in range(12)]
     assert loaded.classes[0] == classes
     refused(
-        DataConfig(name, str(tmp_path), val_size=8, test_size=13),
-        "data.test_size: got 13",
+        {"data": name, "root": str(tmp_path), "val_size": 8, "test_size": 13},
+        "task.test_size: got 13",
         f"{name} has 12 test images",
     )
     refused(
-        DataConfig(name, str(tmp_path), val_size=30),
+        {"data": name, "root": str(tmp_path), "val_size": 30},
         "train_size null, val_size 30",
         "30 images for training and validation",
     )
@@ -283,7 +281,7 @@ def write_cifar10(root, monkeypatch, num=6):
 
 def test_cifar10(tmp_path, monkeypatch):
     write_cifar10(tmp_path, monkeypatch)
-    loaded = load_data(DataConfig("cifar10", str(tmp_path), val_size=10, test_size=4), 0)
+    loaded = load_images(data="cifar10", root=str(tmp_path), val_size=10, test_size=4)
     assert [len(part) for part in (loaded.train, loaded.val, loaded.test)] == [20, 10, 4]
     for part in (loaded.train, loaded.val, loaded.test):
         assert part.images.shape[1:] == (3, 32, 32)
@@ -314,21 +312,21 @@ def test_cifar10(tmp_path, monkeypatch):
     ],
 )
 def test_missing_files_are_named_with_or_without_a_network(tmp_path, monkeypatch, name, files):
-    refused(DataConfig(name, str(tmp_path)), *files, str(tmp_path), "data.download: true")
+    refused({"data": name, "root": str(tmp_path)}, *files, str(tmp_path), "task.download: true")
 
     def no_network(*args, **kwargs):
         raise URLError("no route\nto host")
 
     for module in ("mnist", "cifar"):
         monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", no_network)
-    config = DataConfig(name, str(tmp_path), download=True)
-    refused(config, "data.download", "no route to host", "network", *files)
+    config = {"data": name, "root": str(tmp_path), "download": True}
+    refused(config, "task.download", "no route to host", "network", *files)
 
 
 def test_only_what_is_missing_is_named(tmp_path):
     write_mnist(tmp_path)
     (tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte").unlink()
-    message = refused(DataConfig("mnist", str(tmp_path)), "MNIST/raw/t10k-labels-idx1-ubyte")
+    message = refused({"data": "mnist", "root": str(tmp_path)}, "MNIST/raw/t10k-labels-idx1-ubyte")
     assert "train-images" not in message
 
 
@@ -337,7 +335,7 @@ def test_download_puts_the_files_into_root(tmp_path, monkeypatch):
         "torchvision.datasets.mnist.download_and_extract_archive",
         lambda *args, **kwargs: write_mnist(tmp_path / "new"),
     )
-    assert len(load_data(DataConfig("mnist", str(tmp_path / "new"), download=True, val_size=5), 0).test) == 12
+    assert len(load_images(data="mnist", root=str(tmp_path / "new"), download=True, val_size=5).test) == 12
 
 
 @pytest.mark.parametrize(
@@ -347,7 +345,7 @@ def test_damaged_mnist_files_are_refused(tmp_path, damage):
     write_mnist(tmp_path)
     (tmp_path / "MNIST/raw/train-images-idx3-ubyte").write_bytes(damage)
     refused(
-        DataConfig("mnist", str(tmp_path), val_size=5),
+        {"data": "mnist", "root": str(tmp_path), "val_size": 5},
         "damaged",
         "MNIST/raw/train-images-idx3-ubyte",
         "Delete",
@@ -358,15 +356,19 @@ def test_labels_that_do_not_fit_the_images_are_refused(tmp_path):
     write_mnist(tmp_path)
     labels = tmp_path / "MNIST/raw/train-labels-idx1-ubyte"
     write_idx(labels, np.arange(29) % 10)
-    refused(DataConfig("mnist", str(tmp_path), val_size=5), "damaged", "30 images and 29 labels")
+    refused({"data": "mnist", "root": str(tmp_path), "val_size": 5}, "damaged", "30 images and 29 labels")
     write_idx(labels, np.arange(30) % 11)
-    refused(DataConfig("mnist", str(tmp_path), val_size=5), "damaged", "10 classes")
+    refused({"data": "mnist", "root": str(tmp_path), "val_size": 5}, "damaged", "10 classes")
 
 
 def test_damaged_cifar10_files_are_refused(tmp_path, monkeypatch):
     write_cifar10(tmp_path, monkeypatch)
     (tmp_path / "cifar-10-batches-py/data_batch_2").write_bytes(b"damaged")
-    refused(DataConfig("cifar10", str(tmp_path), val_size=5), "damaged", "cifar-10-batches-py/data_batch_2")
+    refused(
+        {"data": "cifar10", "root": str(tmp_path), "val_size": 5},
+        "damaged",
+        "cifar-10-batches-py/data_batch_2",
+    )
 
 
 # ---- folders of pictures -----------------------------------------------------------------------------------
@@ -383,12 +385,12 @@ def write_pictures(root, counts, size=(6, 4), mode="RGB", color=None):
 
 
 def folder(root, **options):
-    return DataConfig("image_folder", str(root), **{"val_size": 3} | options)
+    return {"data": "image_folder", "root": str(root), "val_size": 3} | options
 
 
 def test_a_folder_for_each_class(tmp_path):
     write_pictures(tmp_path, {"cat": 6, "dog": 9})
-    loaded = load_data(folder(tmp_path), 0)
+    loaded = load_images(**folder(tmp_path))
     assert [len(part) for part in (loaded.train, loaded.val, loaded.test)] == [9, 3, 3]
     assert loaded.classes == ("cat", "dog")
     parts = [loaded.train, loaded.val, loaded.test]
@@ -404,7 +406,7 @@ def test_folders_train_and_test(tmp_path):
     write_pictures(tmp_path / "train", {"cat": 6, "dog": 6})
     write_pictures(tmp_path / "test", {"cat": 2, "dog": 3})
     (tmp_path / "train" / ".hidden").mkdir()
-    loaded = load_data(folder(tmp_path), 0)
+    loaded = load_images(**folder(tmp_path))
     assert [len(part) for part in (loaded.train, loaded.val, loaded.test)] == [9, 3, 5]
     assert loaded.test.labels.tolist() == [0, 0, 1, 1, 1]
     assert loaded.test.images[:, 0, 0, 0].tolist() == [0, 10, 1, 11, 21]
@@ -413,26 +415,26 @@ def test_folders_train_and_test(tmp_path):
 def test_train_without_test_is_no_pair_of_classes(tmp_path):
     for part in ("train", "val"):
         write_pictures(tmp_path / part, {"cat": 6, "dog": 6})
-    refused(folder(tmp_path), "in train and in test", f"data.root: {tmp_path / 'train'}")
-    assert load_data(folder(tmp_path / "train"), 0).classes == ("cat", "dog")
+    refused(folder(tmp_path), "in train and in test", f"task.root: {tmp_path / 'train'}")
+    assert load_images(**folder(tmp_path / "train")).classes == ("cat", "dog")
 
 
 def test_a_class_may_be_called_train(tmp_path):
     write_pictures(tmp_path, {"bus": 5, "train": 5})
-    assert load_data(folder(tmp_path), 0).classes == ("bus", "train")
+    assert load_images(**folder(tmp_path)).classes == ("bus", "train")
 
 
 def test_pictures_are_resized(tmp_path):
     write_pictures(tmp_path, {"a": 5}, size=(6, 4))
     write_pictures(tmp_path, {"b": 5}, size=(20, 10))
-    refused(folder(tmp_path), "6x4", "20x10", "Set data.image_size")
-    assert load_data(folder(tmp_path, image_size=8), 0).train.images.shape[1:] == (3, 8, 8)
+    refused(folder(tmp_path), "6x4", "20x10", "Set task.image_size")
+    assert load_images(**folder(tmp_path, image_size=8)).train.images.shape[1:] == (3, 8, 8)
 
 
 def test_grey_and_transparent_pictures_become_rgb(tmp_path):
     write_pictures(tmp_path, {"a": 5, "b": 5}, mode="L")
     write_pictures(tmp_path, {"c": 5}, mode="RGBA", color=lambda number: (10 * number, 1, 2, 255))
-    train = load_data(folder(tmp_path), 0).train
+    train = load_images(**folder(tmp_path)).train
     grey = train.images[train.labels < 2]
     assert (grey == grey[:, :1]).all()
     assert (train.images[train.labels == 2][:, 1] == 1).all()
@@ -443,7 +445,7 @@ def test_palettes_with_transparency_are_read(tmp_path):
     for path in tmp_path.glob("*/*.png"):
         palette = Image.new("RGB", (6, 4), (50, 100, 200)).convert("P", palette=Image.Palette.ADAPTIVE)
         palette.save(path, transparency=bytes([128] * 256))
-    assert (load_data(folder(tmp_path), 0).train.images[:, 1] == 100).all()
+    assert (load_images(**folder(tmp_path)).train.images[:, 1] == 100).all()
 
 
 def test_pictures_stand_upright(tmp_path):
@@ -454,7 +456,7 @@ def test_pictures_stand_upright(tmp_path):
         picture = Image.new("RGB", (4, 6))
         picture.putpixel((0, 5), (255, 0, 0))  # lower left as stored
         picture.save(path, exif=exif)
-    images = load_data(folder(tmp_path), 0).train.images
+    images = load_images(**folder(tmp_path)).train.images
     assert images.shape[1:] == (3, 4, 6)
     assert (images[:, 0, 0, 0] == 255).all()  # upper left as shown
 
@@ -463,10 +465,10 @@ def test_only_chosen_pictures_are_decoded(tmp_path):
     write_pictures(tmp_path, {"a": 20, "b": 20})
     opened = []
     with patch(
-        "torch_hypergrad.experiment.datasets._decode",
+        "torch_hypergrad.experiment.tasks.pictures._decode",
         side_effect=lambda path, *_, **__: opened.append(path) or BLACK,
     ):
-        load_data(folder(tmp_path, train_size=4, test_size=5), 0)
+        load_images(**folder(tmp_path, train_size=4, test_size=5))
     assert len(opened) == len(set(opened)) == 4 + 3 + 5
 
 
@@ -474,9 +476,9 @@ BLACK = np.zeros((4, 6, 3), np.uint8)
 
 
 def test_many_pictures_show_a_bar(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("torch_hypergrad.experiment.datasets.MANY", 5)
+    monkeypatch.setattr("torch_hypergrad.experiment.tasks.pictures.MANY", 5)
     write_pictures(tmp_path, {"a": 6, "b": 6})
-    load_data(folder(tmp_path), 0)
+    load_images(**folder(tmp_path))
     assert "reading pictures" in capsys.readouterr().err
 
 

@@ -160,8 +160,8 @@ def stopped(config: Config, folder: Path, num_steps: int = 20) -> None:
 
 def test_an_edited_learning_rate_is_refused_with_the_difference(config: Config, tmp_path: Path) -> None:
     stopped(config, tmp_path / "run")
-    edit(tmp_path / "run", "optimizer", options={"lr": 0.02, "eps": 1e-4})
-    with pytest.raises(ConfigError, match=r"edited after .*optimizer\.options\.lr was 0\.003, is 0\.02"):
+    edit(tmp_path / "run", "optimizer", lr=0.02)
+    with pytest.raises(ConfigError, match=r"edited after .*optimizer\.lr was 0\.003, is 0\.02"):
         resume(tmp_path / "run")
 
 
@@ -189,8 +189,8 @@ def test_an_earlier_end_is_refused(config: Config, tmp_path: Path, steps: int | 
 
 def test_a_report_tells_how_a_finished_run_was_trained(config: Config, tmp_path: Path) -> None:
     run_in(in_folder(config, tmp_path / "run"), RunFolder(tmp_path / "run"), NO_STOP, quiet=True)
-    edit(tmp_path / "run", "optimizer", options={"lr": 0.02})
-    assert read_run(tmp_path / "run").config["optimizer"]["options"]["lr"] == 0.003
+    edit(tmp_path / "run", "optimizer", lr=0.02)
+    assert read_run(tmp_path / "run").config["optimizer"]["lr"] == 0.003
     with pytest.raises(ConfigError, match=r"of a finished run was edited .*lr was 0\.003, is 0\.02"):
         resume(tmp_path / "run")
 
@@ -289,7 +289,7 @@ def test_a_run_whose_hyper_steps_were_all_skipped_ends_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "c.yaml").write_text(CONFIGURATIONS["implicit"])
-    arguments = ["--method.scale=1e6", "--method.damping=0", "--method.num_terms=60", "--train.epochs=10"]
+    arguments = ["--method.solver={name: Neumann, scale: 1e6, num_terms: 60}", "--train.epochs=10"]
     code = main(
         ["train", "--config", str(tmp_path / "c.yaml"), f"--output.folder={tmp_path / 'run'}", *arguments]
     )
@@ -310,7 +310,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         (BOMB, "more than 10000 values, with its aliases written out"),
         ("train: " + "[" * 5000, "nested too deeply"),
-        ("train: {steps: 3}\ndata: {}\ntrain: {seed: 1}\n", "line 3: train is given twice"),
+        ("train: {steps: 3}\ntask: {}\ntrain: {seed: 1}\n", "line 3: train is given twice"),
         ("train: {steps: 3, steps: 4}", "steps is given twice"),
         ("a: &a [*a]", "nested too deeply"),
     ],
@@ -324,16 +324,16 @@ def test_a_malicious_or_careless_file_is_refused_at_once(text: str, message: str
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--optimizer={name: SparseAdam, options: {lr: 0.1}}", "needs sparse gradients"),
-        ("--optimizer={name: LBFGS, options: {lr: 0.1}}", "evaluates the loss several times"),
-        ("--optimizer.options={lr: 0.1, differentiable: true}", "hypergradients do not need it"),
-        ("--optimizer={name: SGD, options: {lr: 0.1, momentum: 2}}", "must be below 1"),
-        ("--optimizer.options={lr: .nan}", "finite"),
-        ("--hyper_optimizer.options={lr: 1.0e+60}", "beyond what float32 can hold"),
-        ("--hyper_optimizer.options={lr: 0.1, maximize: true}", "as large as possible"),
-        ("--hyper_optimizer.options={lr: 0.1, differentiable: true}", "do not need it"),
-        ("--model.options={width: 4, dropout: .nan}", "finite"),
-        ("--model.options={width: 0}", "width must be at least 1"),
+        ("--optimizer={name: SparseAdam, lr: 0.1}", "needs sparse gradients"),
+        ("--optimizer={name: LBFGS, lr: 0.1}", "evaluates the loss several times"),
+        ("--optimizer.differentiable=true", "hypergradients do not need it"),
+        ("--optimizer={name: SGD, lr: 0.1, momentum: 2}", "must be below 1"),
+        ("--optimizer.lr=.nan", "finite"),
+        ("--hyper_optimizer.lr=1.0e+60", "beyond what float32 can hold"),
+        ("--hyper_optimizer.maximize=true", "as large as possible"),
+        ("--hyper_optimizer.differentiable=true", "do not need it"),
+        ("--model.dropout=.nan", "finite"),
+        ("--model.width=0", "width must be at least 1"),
         ("--output.folder=", "output.folder is empty"),
         ("--tune=" + "[" * 5000, "[[[..."),
     ],
@@ -362,7 +362,7 @@ def test_what_is_no_picture_of_its_class_is_refused(kind: str, tmp_path: Path) -
         (root / "a" / "x.png").symlink_to(root / "b" / "0.png")
     else:
         (root / "a" / "more").symlink_to(root / "b")
-    arguments = ["--data.name=image_folder", f"--data.root={root}", "--train.steps=1", "--method.name=none"]
+    arguments = ["--task.data=image_folder", f"--task.root={root}", "--train.steps=1", "--method=null"]
     told = refused("train", *arguments)
     assert ("is no file" if kind == "pipe" else "leads out of its class") in told
 
@@ -371,8 +371,8 @@ def test_a_link_within_its_class_is_a_picture(tmp_path: Path, capsys: pytest.Cap
     root = pictures(tmp_path / "root")
     (root / "a" / "x.png").symlink_to(root / "a" / "0.png")
     arguments = [
-        "--data.name=image_folder", f"--data.root={root}", "--data.val_size=2", "--train.steps=1",
-        "--method.name=none", "--dry_run=true",
+        "--task.data=image_folder", f"--task.root={root}", "--task.val_size=2", "--train.steps=1",
+        "--method=null", "--dry_run=true",
     ]  # fmt: skip
     assert main(["train", *arguments]) == 0, capsys.readouterr().err
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torch_hypergrad.experiment.config import ConfigError, ModelConfig
-from torch_hypergrad.experiment.models import Augmenter, make_model, random_crop_flip, random_flip
+from torch_hypergrad.experiment.config import ConfigError
+from torch_hypergrad.experiment.networks import Augmenter, make_network, random_crop_flip, random_flip
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
-NAMES = ["linear", "mlp", "cnn", "resnet18"]
+NAMES = ["Linear", "MLP", "CNN", "ResNet18"]
 
 
 def names_of(model):
@@ -21,7 +21,7 @@ def names_of(model):
 
 def refused(config, image_shape=(1, 8, 8)):
     with pytest.raises(ConfigError) as caught:
-        make_model(config, image_shape, 10)
+        make_network(config, image_shape, 10)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -33,7 +33,7 @@ def refused(config, image_shape=(1, 8, 8)):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_network_maps_images_of_any_size_to_logits(name, shape):
     torch.manual_seed(0)
-    logits = make_model(ModelConfig(name), shape, 7)(torch.rand(2, *shape))
+    logits = make_network({"name": name}, shape, 7)(torch.rand(2, *shape))
     assert logits.shape == (2, 7)
     assert logits.isfinite().all()
 
@@ -42,38 +42,38 @@ def test_every_network_maps_images_of_any_size_to_logits(name, shape):
 def test_initial_weights_follow_the_global_seed(name):
     def weights():
         torch.manual_seed(3)
-        return make_model(ModelConfig(name), (1, 8, 8), 10).state_dict()
+        return make_network({"name": name}, (1, 8, 8), 10).state_dict()
 
     first, second = weights(), weights()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_names_and_shapes_that_a_report_can_draw():
-    assert names_of(make_model(ModelConfig("linear"), (1, 8, 8), 10)) == ["out.weight", "out.bias"]
-    mlp = make_model(ModelConfig("mlp", options={"hidden": [32, 16]}), (3, 4, 5), 10)
+    assert names_of(make_network({"name": "Linear"}, (1, 8, 8), 10)) == ["out.weight", "out.bias"]
+    mlp = make_network({"name": "MLP", "hidden": [32, 16]}, (3, 4, 5), 10)
     shapes = {name: tuple(parameter.shape) for name, parameter in mlp.named_parameters()}
     assert {name: shape for name, shape in shapes.items() if "weight" in name} == {
         "hidden.0.weight": (32, 60),
         "hidden.1.weight": (16, 32),
         "out.weight": (10, 16),
     }
-    cnn = make_model(ModelConfig("cnn", options={"width": 4}), (1, 28, 28), 10)
+    cnn = make_network({"name": "CNN", "width": 4}, (1, 28, 28), 10)
     layers = ["convs.0", "convs.1", "convs.2", "out"]
     assert names_of(cnn) == [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
-    resnet = make_model(ModelConfig("resnet18"), (1, 28, 28), 10)
+    resnet = make_network({"name": "ResNet18"}, (1, 28, 28), 10)
     assert resnet.conv1.weight.shape == (64, 1, 3, 3)
 
 
 def test_default_sizes():
-    assert make_model(ModelConfig(), (1, 8, 8), 10).hidden[0].weight.shape == (256, 64)
-    assert make_model(ModelConfig("mlp", options={"hidden": []}), (1, 8, 8), 10).out.weight.shape == (10, 64)
-    numel = sum(p.numel() for p in make_model(ModelConfig("resnet18"), (3, 32, 32), 10).parameters())
+    assert make_network({"name": "MLP"}, (1, 8, 8), 10).hidden[0].weight.shape == (256, 64)
+    assert make_network({"name": "MLP", "hidden": []}, (1, 8, 8), 10).out.weight.shape == (10, 64)
+    numel = sum(p.numel() for p in make_network({"name": "ResNet18"}, (3, 32, 32), 10).parameters())
     assert numel == 11_173_962  # the ResNet-18 that is customary for CIFAR-10
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("name", ["MLP", "CNN"])
 def test_dropout_acts_in_training_alone(name):
-    model = make_model(ModelConfig(name, options={"dropout": 0.5}), (1, 8, 8), 10)
+    model = make_network({"name": name, "dropout": 0.5}, (1, 8, 8), 10)
     images = torch.rand(4, 1, 8, 8)
     assert not torch.equal(model(images), model(images))
     model.eval()
@@ -83,8 +83,7 @@ def test_dropout_acts_in_training_alone(name):
 def test_norms_of_the_resnet():
     kinds = {
         norm: Counter(
-            type(m)
-            for m in make_model(ModelConfig("resnet18", options={"norm": norm}), (3, 8, 8), 10).modules()
+            type(m) for m in make_network({"name": "ResNet18", "norm": norm}, (3, 8, 8), 10).modules()
         )
         for norm in ("batch", "group")
     }
@@ -95,7 +94,7 @@ def test_norms_of_the_resnet():
 @pytest.mark.parametrize("name", NAMES)
 def test_networks_are_differentiable_twice(name):
     torch.manual_seed(0)
-    model = make_model(ModelConfig(name), (1, 8, 8), 10)
+    model = make_network({"name": name}, (1, 8, 8), 10)
     loss = F.cross_entropy(model(torch.rand(4, 1, 8, 8)), torch.arange(4))
     gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in gradients), list(model.parameters()))
@@ -106,22 +105,22 @@ def test_networks_are_differentiable_twice(name):
 @pytest.mark.parametrize(
     ("name", "options", "parts"),
     [
-        ("mlp", {"hiden": [3]}, ["model.options: MLP has no hiden", "Did you mean hidden?"]),
-        ("mlp", {"hidden": 3}, ["model.options.hidden: got 3"]),
-        ("mlp", {"hidden": [0]}, ["model.options: MLP refused", "at least 1 unit"]),
-        ("mlp", {"dropout": 2.0}, ["model.options: MLP refused", "between 0 and 1"]),
-        ("cnn", {"width": 0}, ["model.options: CNN refused", "width must be at least 1"]),
-        ("cnn", {"image_shape": [1, 2, 3]}, ["CNN has no image_shape"]),
-        ("linear", {"hidden": [3]}, ["linear has no hidden", "no options"]),
+        ("MLP", {"hiden": [3]}, ["model: MLP has no hiden", "Did you mean hidden?"]),
+        ("MLP", {"hidden": 3}, ["model.hidden: got 3"]),
+        ("MLP", {"hidden": [0]}, ["model: MLP refused", "at least 1 unit"]),
+        ("MLP", {"dropout": 2.0}, ["model: MLP refused", "between 0 and 1"]),
+        ("CNN", {"width": 0}, ["model: CNN refused", "width must be at least 1"]),
+        ("CNN", {"input_shape": [1, 2, 3]}, ["CNN has no input_shape"]),
+        ("Linear", {"hidden": [3]}, ["linear has no hidden", "no options"]),
         (
-            "resnet18",
+            "ResNet18",
             {"norm": "layer"},
-            ["model.options.norm: got 'layer', expected Literal['batch', 'group']."],
+            ["model.norm: got 'layer', expected one of batch, group."],
         ),
     ],
 )
 def test_options_that_a_network_does_not_take_are_refused(name, options, parts):
-    message = refused(ModelConfig(name, options=options))
+    message = refused({"name": name, **options})
     assert all(part in message for part in parts), message
 
 
@@ -164,7 +163,7 @@ def my_net(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("my_net")
 def test_a_network_in_the_current_folder():
-    model = make_model(ModelConfig("resnet18", module="my_net.MyNet", options={"width": 6}), (1, 8, 8), 10)
+    model = make_network({"name": "my_net.MyNet", "width": 6}, (1, 8, 8), 10)
     # Lazy layers have their shapes, so that an optimizer can take them.
     assert model.lazy.weight.shape == (6, 64)
     assert model.training
@@ -176,33 +175,33 @@ def test_a_network_in_the_current_folder():
 @pytest.mark.parametrize(
     ("module", "options", "parts"),
     [
-        ("MyNet", {}, ["model.module: got 'MyNet'", "package.Class"]),
+        ("MyNet", {}, ["model: there is no MyNet", "my_package.MyClass"]),
         ("my_net.", {}, ["package.Class"]),
         (".MyNet", {}, ["package.Class"]),
         ("nowhere_to_be_found.MyNet", {}, ["importing nowhere_to_be_found failed", "install it"]),
         ("broken_net.MyNet", {}, ["importing broken_net failed (SyntaxError"]),
         ("needy_net.MyNet", {}, ["importing needy_net failed", "surely_not_installed"]),
         ("my_net.MyNett", {}, ["my_net has no MyNett", "Did you mean MyNet?"]),
-        ("my_net.build", {}, ["my_net.build is no class of networks", "torch.nn.Module"]),
-        ("my_net.torch", {}, ["is no class of networks"]),
-        ("my_net.MyNet", {"widht": 3}, ["model.options: MyNet has no widht", "Did you mean width?"]),
-        ("my_net.MyNet", {"width": "x"}, ["model.options.width: got 'x', expected int"]),
-        ("my_net.MyNet", {"width": -1}, ["model.options: MyNet refused {'width': -1}"]),
+        ("my_net.build", {}, ["my_net.build is no subclass of torch's Module"]),
+        ("my_net.torch", {}, ["is no subclass"]),
+        ("my_net.MyNet", {"widht": 3}, ["model: MyNet has no widht", "Did you mean width?"]),
+        ("my_net.MyNet", {"width": "x"}, ["model.width: got 'x', expected int"]),
+        ("my_net.MyNet", {"width": -1}, ["model: MyNet refused {'width': -1}"]),
         (
             "my_net.MyNet",
             {"num_classes": 3},
-            ["gives (2, 3) for images of shape (2, 1, 8, 8), expected (2, 10)"],
+            ["gives (2, 3) for inputs of shape (2, 1, 8, 8), expected (2, 10)"],
         ),
-        ("my_net.Pair", {}, ["gives tuple for images"]),
+        ("my_net.Pair", {}, ["gives tuple for inputs"]),
         (
             "torch.nn.Linear",
             {"in_features": 3, "out_features": 10},
-            ["torch.nn.Linear fails on images", "RuntimeError"],
+            ["torch.nn.Linear fails on inputs", "RuntimeError"],
         ),
     ],
 )
 def test_modules_that_are_no_network_for_these_images_are_refused(module, options, parts):
-    message = refused(ModelConfig(module=module, options=options))
+    message = refused({"name": module, **options})
     assert all(part in message for part in parts), message
 
 

@@ -209,7 +209,7 @@ def test_data_cleaning_without_known_wrong_labels(tmp_path):
 
 
 def test_a_run_that_tunes_nothing(tmp_path):
-    page = write_report([make_run(tmp_path / "none", config={"method": {"name": "none"}}, num_hyper=0)])
+    page = write_report([make_run(tmp_path / "none", config={"method": None}, num_hyper=0)])
     text = read_page(page)
     assert pictures_of(page) == {"curves"}
     assert "Trained without tuning." in text
@@ -413,10 +413,10 @@ def rivals(tmp_path_factory):
             values = decays(MLP) if row == "tuned" else ()
             config = {
                 "train": {"seed": seed},
-                "optimizer": {"options": {"lr": 0.1, "weight_decay": 0.25 + seed}},
+                "optimizer": {"name": "SGD", "lr": 0.1, "weight_decay": 0.25 + seed},
             }
-            config |= {"method": {"name": "implicit" if values else "none"}}
-            config |= {"data": {"train_on": "train_and_val" if row == "both" else "train"}}
+            config |= {"method": {"name": "Implicit", "solver": "Neumann"} if values else None}
+            config["train"]["part"] = "train_and_val" if row == "both" else "train"
             tune = PER_ELEMENT if values else None
             where = folder / row / f"seed-{seed}"
             runs.append(
@@ -439,15 +439,15 @@ def test_rivals_of_three_seeds(rivals):
         count = "2,410" if row == "tuned" else "0"
         assert f"{row} {count} 3 {accuracy} {loss} {loss} 5,000 12.5" in text
         assert re.search(rf"\| {row} +\| +{count} \| +{accuracy} \| +{loss} \| +5,000 \| +12.5 \|", table)
-    assert "data.train_on train train train train_and_val" in text
-    assert "optimizer.options.weight_decay 0.25, 1.25, 2.25 0.25, 1.25, 2.25" in text
-    assert "both\N{RIGHT DOUBLE QUOTATION MARK} trained on validation images" in text
+    assert "train.part train train train train_and_val" in text
+    assert "optimizer.weight_decay 0.25, 1.25, 2.25 0.25, 1.25, 2.25" in text
+    assert "both\N{RIGHT DOUBLE QUOTATION MARK} trained on the validation set" in text
     assert "4 ways to train on digits" in text
     named = dict(re.findall(r"(best[a-z ]*): ([a-z ]+), with a test loss", text))
     without = {row: sum(of) for row, of in ACCURACIES.items() if row != "both"}
     assert named == {
         "best test accuracy": max(without, key=lambda row: without[row]),
-        "best with training on validation images too": "both",
+        "best with training on the validation set too": "both",
     }
     assert 'href="../tuned/seed-0/report/report.html"' in page.read_text()
 

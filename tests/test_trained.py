@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from image_data import load_images
 from runs import CONFIGURATIONS
 from test_configurations import refused
 from test_resume import NO_STOP
 from torch_hypergrad import load_run
 from torch_hypergrad.cli import main
 from torch_hypergrad.experiment.config import Config, ConfigError
-from torch_hypergrad.experiment.data import load_data
 from torch_hypergrad.experiment.parsing import read_config
 from torch_hypergrad.experiment.run_folder import RunFolder
 from torch_hypergrad.experiment.start import run_in
@@ -33,7 +33,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def test_it_is_the_network_that_was_tested(finished: tuple[Config, Path]) -> None:
     config, run = finished
-    test = load_data(config.data, config.train.seed).test
+    test = load_images(config.train.seed, **config.task).test
     model = load_run(run)
     with torch.no_grad():
         logits = model(test.images / 255)
@@ -46,7 +46,7 @@ def test_pictures_are_given_their_classes(
     finished: tuple[Config, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, run = finished
-    images, files = load_data(config.data, config.train.seed).test.images[:5], []
+    images, files = load_images(config.train.seed, **config.task).test.images[:5], []
     for number, image in enumerate(images):
         files.append(tmp_path / f"{number}.png")
         Image.fromarray(image[0].numpy()).save(files[-1])
@@ -69,7 +69,7 @@ def test_what_cannot_be_used_is_refused(finished: tuple[Config, Path], tmp_path:
 def test_weights_of_another_network_are_refused(finished: tuple[Config, Path], tmp_path: Path) -> None:
     _, run = finished
     summary = json.loads((run / "summary.json").read_text())
-    summary["config"]["model"] = {"name": "linear"}
+    summary["config"]["model"] = {"name": "Linear"}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "model.pt").write_bytes((run / "model.pt").read_bytes())
     with pytest.raises(ConfigError, match="does not fit the network of the run"):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
+from image_data import images_of
 from runs import CONFIGS, CONFIGURATIONS, SURROUNDINGS, command, metrics_of, run_command
 from torch_hypergrad.cli import main
 from torch_hypergrad.experiment.build import build
@@ -29,20 +30,22 @@ from torch_hypergrad.experiment.start import run_in
 from torch_hypergrad.experiment.stopping import StopRequest
 
 SMALL = """
-data: {train_size: 60, val_size: 40, test_size: 50}
-model: {name: linear}
-optimizer: {name: SGD, options: {lr: 0.1, momentum: 0.9}}
+task: {name: ImageClassification, train_size: 60, val_size: 40, test_size: 50}
+model: {name: Linear}
+optimizer: {name: SGD, lr: 0.1, momentum: 0.9}
 tune: {weight_decay: {init: 1.0e-2, log: true}}
-method: {name: implicit, solver: cg, damping: 0.1}
+method: {name: Implicit, solver: {name: CG, damping: 0.1}}
 train: {steps: 40, batch_size: 20, warmup: 10, hyper_every: 10, threads: 1}
 output: {tensorboard: false}
 """
 
 
-def configured(text: str, folder: Path, **sections: dict[str, Any]) -> Config:
+def configured(text: str, folder: Path, **sections: dict[str, Any] | None) -> Config:
+    """Keys are laid over those of the text; what names a class or is None takes their place."""
     content = yaml.safe_load(text)
     for section, values in sections.items():
-        content[section] = content.get(section, {}) | values
+        anew = values is None or "name" in values
+        content[section] = values if anew else content.get(section, {}) | values
     folder.mkdir(exist_ok=True)
     (folder / "given.yaml").write_text(yaml.safe_dump(content))
     return read_config(folder / "given.yaml")
@@ -64,24 +67,23 @@ def summary_of(folder: Path) -> dict[str, Any]:
 def inputs_of(config: Config) -> tuple[nn.Module, Tensor, Tensor, Any]:
     """A fresh model, the standardized training images and their labels, and the order of the batches."""
     parts = build(config)
-    data = parts.data
-    images = data.train.images.double() / 255
+    data = images_of(parts.split.train)
+    images = data.images.double() / 255
     mean = images.mean(dim=(0, 2, 3), keepdim=True)
     std = images.std(dim=(0, 2, 3), keepdim=True, unbiased=False)
-    return parts.model, ((images - mean) / std).float(), data.train.labels, parts.train_order
+    return parts.model, ((images - mean) / std).float(), data.labels, parts.train_order
 
 
 # ---- against loops by hand ---------------------------------------------------------------------------------
 
 
 def test_untuned_training_is_that_of_a_plain_loop(tmp_path: Path) -> None:
-    none = {"name": "none", "solver": None, "damping": None}
-    schedule = {"name": "StepLR", "options": {"step_size": 7, "gamma": 0.5}}
+    schedule = {"name": "StepLR", "step_size": 7, "gamma": 0.5}
     train = {"clip_norm": 0.3, "hyper_every": None, "warmup": 0}
     config = configured(
         SMALL.replace("{weight_decay: {init: 1.0e-2, log: true}}", "{}"),
         tmp_path,
-        method=none,
+        method=None,
         train=train,
         scheduler=schedule,
     )
@@ -137,9 +139,9 @@ def test_results_are_those_of_the_saved_model(tmp_path: Path) -> None:
     folder = run(config, tmp_path)
     parts = build(config)
     parts.model.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
-    data = parts.data
-    mean, std = (values.view(-1, 1, 1) for values in (data.mean, data.std))
-    for name, part in {"train": data.train, "val": data.val, "test": data.test}.items():
+    mean, std = parts.task.mean, parts.task.std
+    for name in ("train", "val", "test"):
+        part = images_of(getattr(parts.split, name))
         logits = parts.model((part.images / 255 - mean) / std)
         result = summary_of(folder)[name]
         assert result["loss"] == pytest.approx(F.cross_entropy(logits, part.labels).item(), rel=1e-5)
@@ -169,6 +171,13 @@ def test_bf16_stays_close_to_float32(name: str, tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=0.2)
 
 
+def short_form(file: Path) -> dict[str, Any]:
+    task = yaml.safe_load(file.read_text())["task"]
+    if task["name"] == "ImageClassification":
+        task = {key: task[key] for key in ("name", "label_noise", "augment") if key in task}
+    return {"task": {**task, "train_size": 60, "val_size": 40, "test_size": 50}}
+
+
 @pytest.mark.parametrize(
     "file",
     [
@@ -177,13 +186,13 @@ def test_bf16_stays_close_to_float32(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_shipped_configuration_trains_and_tunes(file: Path, tmp_path: Path) -> None:
-    """In a short form, on digits in place of data that must be downloaded."""
+    """In a short form, with digits in place of images that must be downloaded."""
     episodes = yaml.safe_load(file.read_text())["train"].get("episodes", 1)
     pace = {"warmup": 60, "hyper_every": 5} if episodes == 1 else {"episodes": 3}
     config = configured(
         file.read_text(),
         tmp_path,
-        data={"name": "digits", "train_size": 60, "val_size": 40, "test_size": 50},
+        **short_form(file),
         train={"epochs": None, "steps": 70, "batch_size": 20, "val_batch_size": 20, **pace},
         output={"tensorboard": False},
     )
@@ -200,7 +209,7 @@ def test_a_shipped_configuration_trains_and_tunes(file: Path, tmp_path: Path) ->
 def test_a_solver_that_fails_skips_the_hyper_step_and_says_so(tmp_path: Path) -> None:
     """A series with a scale far above 2 / eigenvalue diverges;
     training goes on with the values as they are."""
-    method = {"solver": "neumann", "scale": 1e4, "num_terms": 10, "damping": 0.1}
+    method = {"solver": {"name": "Neumann", "scale": 1e4, "num_terms": 10, "damping": 0.1}}
     folder = run(configured(SMALL, tmp_path, method=method), tmp_path)
     skipped = rows_of(folder, "skipped")
     assert [row["step"] for row in skipped] == [20, 30, 40]
@@ -211,8 +220,9 @@ def test_a_solver_that_fails_skips_the_hyper_step_and_says_so(tmp_path: Path) ->
 
 
 def test_a_run_with_nystrom_gauss_newton_and_second_moments(tmp_path: Path) -> None:
-    method = {"solver": "nystrom", "rank": 4, "curvature": "gauss_newton", "preconditioner": "second_moments"}
-    optimizer = {"name": "AdamW", "options": {"lr": 0.01, "weight_decay": 0.1}}
+    solver = {"name": "Nystrom", "rank": 4, "damping": 0.1}
+    method = {"solver": solver, "curvature": "gauss_newton", "preconditioner": "second_moments"}
+    optimizer = {"name": "AdamW", "lr": 0.01, "weight_decay": 0.1}
     config = configured(
         SMALL, tmp_path, method=method, optimizer=optimizer, tune={"weight_decay": {"init": 0.1, "log": True}}
     )
@@ -224,7 +234,7 @@ def test_a_run_with_nystrom_gauss_newton_and_second_moments(tmp_path: Path) -> N
 
 
 def test_training_that_diverges_stops_with_the_reason(tmp_path: Path) -> None:
-    config = configured(SMALL, tmp_path, optimizer={"options": {"lr": 1e30}})
+    config = configured(SMALL, tmp_path, optimizer={"lr": 1e30})
     with pytest.raises(TrainingError, match=r"Training stopped after step \d+: .* learning rate"):
         run(config, tmp_path)
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -239,9 +249,9 @@ def test_hypergradients_that_explode_are_warned_of_once_and_counted(tmp_path: Pa
     configured(
         SMALL,
         tmp_path,
-        optimizer={"options": {"lr": 1.0}},
+        optimizer={"name": "SGD", "lr": 1.0},
         tune={"weight_decay": {"init": 5.0, "log": True}},
-        method={"name": "unrolled", "solver": None, "damping": None},
+        method={"name": "Unrolled"},
         train={"steps": 20, "warmup": 0},
     )
     done = run_command("train", "--config", "given.yaml", "--output.folder", "run", cwd=tmp_path)
@@ -271,15 +281,15 @@ def test_a_healthy_run_warns_of_nothing(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("method", "cost"),
     [
-        ({"name": "unrolled"}, 1 + 3 * 10),
-        ({"name": "unrolled", "truncation": 4}, 1 + 3 * 4),
-        ({"name": "forward"}, 1 + 2 * 10 * 2),
+        ({"name": "Unrolled"}, 1 + 3 * 10),
+        ({"name": "Unrolled", "truncation": 4}, 1 + 3 * 4),
+        ({"name": "ForwardMode"}, 1 + 2 * 10 * 2),
     ],
     ids=str,
 )
 def test_the_cost_of_hyper_steps(method: dict[str, Any], cost: int, tmp_path: Path) -> None:
     """In forward mode each of the two values has a derivative of its own, carried along with each step."""
-    text = SMALL.replace("{name: implicit, solver: cg, damping: 0.1}", str(method)).replace(
+    text = SMALL.replace("{name: Implicit, solver: {name: CG, damping: 0.1}}", str(method)).replace(
         "weight_decay", "lr"
     )
     config = configured(text, tmp_path, tune={"momentum": {}})
@@ -298,7 +308,7 @@ def test_train_ends_with_a_table_and_a_report(tmp_path: Path) -> None:
     configured(
         SMALL,
         tmp_path,
-        model={"module": "my_net.MyNet", "options": {"width": 12}},
+        model={"name": "my_net.MyNet", "width": 12},
         output={"tensorboard": True},
     )
     done = run_command("train", "--config", "given.yaml", "--train.seed", 3, cwd=tmp_path)
@@ -337,7 +347,7 @@ def compared(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, list[object], subprocess.CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("compare")
-    configured(SMALL, folder, data={"label_noise": 0.3})
+    configured(SMALL, folder, task={"label_noise": 0.3})
     arguments: list[object] = [
         "compare",
         "--config",
@@ -371,10 +381,9 @@ def test_compare_trains_every_rival_for_every_seed(compared: Any) -> None:
         for seed in (0, 1):
             config = yaml.safe_load((folder / name / f"seed-{seed}" / "config.yaml").read_text())
             assert config["train"]["seed"] == seed
-            assert (config["method"]["name"] == "implicit") == (name == "tuned by hypergradients")
+            assert (config["method"] is not None) == (name == "tuned by hypergradients")
     trained_on = [
-        yaml.safe_load((folder / name / "seed-0/config.yaml").read_text())["data"]["train_on"]
-        for name in names
+        yaml.safe_load((folder / name / "seed-0/config.yaml").read_text())["train"]["part"] for name in names
     ]
     assert trained_on == ["train"] * 4 + ["val", "train_and_val"]
 

@@ -72,16 +72,17 @@ INNER_ORDER = {
 # The same inside the user's layer. A report reads the files of runs, and knows nothing of what wrote them.
 EXPERIMENT_ORDER = (
     ("config",),
-    ("checks", "edits", "keys", "options", "order", "plain", "stopping"),
-    ("datasets", "models", "parsing", "run_folder"),
-    ("data", "metrics", "trained"),
-    ("objective",),
+    ("checks", "edits", "keys", "old", "options", "order", "plain", "stopping"),
+    ("networks", "parsing"),
+    ("run_folder", "tasks"),
+    ("catalog", "metrics", "objective"),
     ("build",),
-    ("results",),
+    ("results", "trained"),
     ("loop",),
     ("start",),
     ("compare",),
 )
+TASKS_ORDER = (("base", "splits"), ("pictures",), ("images", "tabular", "text"))
 EXPERIMENT_LEVEL = {name: level for level, names in enumerate(EXPERIMENT_ORDER) for name in names}
 # The first may not import the second, though it is lower: solvers know vectors alone.
 APART = {("solvers", "device"), ("solvers", "ground")}
@@ -132,7 +133,7 @@ def complaint(module: tuple[str, ...], imported: tuple[str, ...]) -> str | None:
         return None if module[0] not in LEVEL else "is the whole package"
     own, other = module[0], imported[0]
     if own == other == "experiment":
-        return complaint_in_experiment(module[1], imported[1:])
+        return complaint_in_experiment(module[1:], imported[1:])
     if own == other:
         return None if module[-1] == "__init__" else complaint_in_room(own, module[1], imported[1:])
     if (own, other) in APART:
@@ -157,11 +158,15 @@ def complaint_in_room(room: str, own: str, imported: tuple[str, ...]) -> str | N
     return f"is no lower than the importing module in the order of {room}"
 
 
-def complaint_in_experiment(own: str, imported: tuple[str, ...]) -> str | None:
+def complaint_in_experiment(module: tuple[str, ...], imported: tuple[str, ...]) -> str | None:
     """The same for two modules of the user's layer."""
-    other = imported[0] if imported else "__init__"
+    own, other = module[0], imported[0] if imported else "__init__"
     if own == "report":
-        return None if other in ("report", "config") else "is not for a report, which reads files"
+        return None if other in ("report", "config", "old") else "is not for a report, which reads files"
+    if own == other == "tasks":
+        level = {name: level for level, names in enumerate(TASKS_ORDER) for name in names}
+        lower = level.get(imported[1], TOP) < level.get(module[1], TOP)
+        return None if lower else "is no lower than the importing module in the order of tasks"
     if EXPERIMENT_LEVEL.get(other, TOP) < EXPERIMENT_LEVEL[own]:
         return None
     return (

@@ -12,8 +12,8 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from . import __version__
-from .experiment.config import Config, ConfigError
-from .experiment.parsing import add_config, config_of, parse
+from .experiment.config import ConfigError
+from .experiment.parsing import Request, add_config, as_yaml, config_of, help_of_class, parse
 from .experiment.stopping import TrainingError
 
 OK, FAILED, REFUSED, UNTUNED = 0, 1, 2, 3
@@ -31,9 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser, commands = _parser()
     try:
-        arguments = parse(parser, argv)
-        command = arguments.command
-        return COMMANDS[command](commands[command], arguments[command])
+        configured = commands[argv[0]] if argv and argv[0] in CONFIGURED else None
+        if configured is not None and help_of_class(argv):
+            return OK
+        request = parse(parser, argv, configured)
+        command = request.arguments.command
+        return COMMANDS[command](request, request.arguments[command])
     except ConfigError as error:
         return _say(f"torch-hypergrad: error: {' '.join(str(error).split())}", REFUSED)
     except TrainingError as error:
@@ -58,10 +61,13 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         name: ArgumentParser(exit_on_error=False, description=text, usage=f"torch-hypergrad {USAGE[name]}")
         for name, text in DESCRIPTIONS.items()
     }
-    add_config(commands["train"])
-    commands["train"].add_argument(
-        "--dry_run", type=bool, default=False, help="check and build everything, train nothing"
-    )
+    for name in CONFIGURED:
+        add_config(commands[name])
+    for flag, meaning in {
+        "--dry_run": "check and build everything, train nothing",
+        "--print_config": "print the configuration that results, train nothing",
+    }.items():
+        commands["train"].add_argument(flag, type=bool, nargs="?", const=True, default=False, help=meaning)
     commands["resume"].add_argument("run_dir", type=Path | None, nargs="?", help="the folder of the run")
     commands["resume"].add_argument(
         "--last",
@@ -76,8 +82,9 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     )
     commands["report"].add_argument("--out", type=Path | None, default=None, help="folder of the report")
     commands["predict"].add_argument("run_dir", type=Path, help="the folder of a finished run")
-    commands["predict"].add_argument("pictures", type=Path, nargs="+", help="files")
-    add_config(commands["compare"])
+    commands["predict"].add_argument(
+        "files", type=Path, nargs="+", help="pictures, tables or texts, as the run has"
+    )
     commands["compare"].add_argument(
         "--seeds", type=int, default=3, help="how many seeds, from train.seed on"
     )
@@ -96,31 +103,37 @@ DESCRIPTIONS = {
     "report": "Writes the report of a run, or compares several.",
     "compare": "Trains the same model with fixed, searched and tuned hyperparameters, "
     "and compares them on the test set.",
-    "predict": "Prints the classes of pictures by the network of a finished run.",
+    "predict": "Prints what the network of a finished run says of files.",
 }
 USAGE = {
     "train": "train [--config FILE] [--KEY VALUE ...]",
     "resume": "resume RUN_DIR | --last",
     "report": "report RUN_DIR [RUN_DIR ...] [--out FOLDER]",
     "compare": "compare [--config FILE] [--KEY VALUE ...] [--seeds N] [--jobs N]",
-    "predict": "predict RUN_DIR PICTURE [PICTURE ...]",
+    "predict": "predict RUN_DIR FILE [FILE ...]",
 }
 
 
-def _train(parser: ArgumentParser, arguments: Namespace) -> int:
+CONFIGURED = ("train", "compare")  # which take the keys of a configuration
+
+
+def _train(request: Request, arguments: Namespace) -> int:
+    config = config_of(request.content)
+    if arguments.print_config:
+        print(as_yaml(config), end="")
+        return OK
     from .experiment import start
     from .experiment.build import build
 
     _keep_freed_memory()
-    config = config_of(parser, arguments)
     if arguments.dry_run:
         build(config)
         print("The configuration can be run.")
         return OK
-    return _end(*start.train(config, _name(arguments)))
+    return _end(*start.train(config, _name(request)))
 
 
-def _resume(parser: ArgumentParser, arguments: Namespace) -> int:
+def _resume(request: Request, arguments: Namespace) -> int:
     if (arguments.run_dir is not None) == arguments.last:
         raise ConfigError("resume takes the folder of a run, or --last for the last one in runs/.")
     from .experiment import start
@@ -129,17 +142,17 @@ def _resume(parser: ArgumentParser, arguments: Namespace) -> int:
     return _end(*start.resume(start.last_run() if arguments.last else arguments.run_dir.expanduser()))
 
 
-def _report(parser: ArgumentParser, arguments: Namespace) -> int:
+def _report(request: Request, arguments: Namespace) -> int:
     out = arguments.out and arguments.out.expanduser()
     return _show([folder.expanduser() for folder in arguments.run_dirs], out)
 
 
-def _compare(parser: ArgumentParser, arguments: Namespace) -> int:
+def _compare(request: Request, arguments: Namespace) -> int:
     from .experiment.compare import compare
 
     _keep_freed_memory()
-    config: Config = config_of(parser, arguments)
-    folder, runs, stopped_by = compare(config, _name(arguments), arguments.seeds, arguments.jobs)
+    config = config_of(request.content)
+    folder, runs, stopped_by = compare(config, _name(request), arguments.seeds, arguments.jobs)
     if stopped_by is not None:
         return _say(
             f"Stopped. Go on with the same command and --output.folder {folder}", STOPPED + stopped_by
@@ -148,16 +161,15 @@ def _compare(parser: ArgumentParser, arguments: Namespace) -> int:
     return _show(runs, folder / "report")
 
 
-def _predict(parser: ArgumentParser, arguments: Namespace) -> int:
+def _predict(request: Request, arguments: Namespace) -> int:
     from .experiment.trained import load_run
 
-    files = [file.expanduser() for file in arguments.pictures]
-    for file, (name, probability) in zip(files, load_run(arguments.run_dir).predict(files)):
-        print(f"{file}\t{name}\t{probability:.3f}")
+    for row in load_run(arguments.run_dir).predict([file.expanduser() for file in arguments.files]):
+        print(*row, sep="\t")
     return OK
 
 
-COMMANDS: dict[str, Callable[[ArgumentParser, Namespace], int]] = {
+COMMANDS: dict[str, Callable[[Request, Namespace], int]] = {
     "train": _train,
     "resume": _resume,
     "report": _report,
@@ -202,9 +214,9 @@ def _keep_freed_memory() -> None:
     host_memory.keep_freed_memory()
 
 
-def _name(arguments: Namespace) -> str:
+def _name(request: Request) -> str:
     """A run's name: that of its configuration file."""
-    return Path(str(arguments.config[0])).stem if arguments.config else "run"
+    return request.files[0].stem if request.files else "run"
 
 
 def _say(message: str, code: int) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from dataclasses import dataclass, fields
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,20 +18,14 @@ from ..hyper_optimizer import HyperOptimizer
 from ..methods import Method
 from ..transforms import clip_grad_norm
 from ..tune.hyperparameter import Hyperparameter
-from .checks import LOSS_TENSORS, METHODS, SOLVERS, method_keys
-from .config import Config, ConfigError, DataConfig
-from .data import Data, load_data
-from .models import Augmenter, make_model
+from .catalog import KNOWN
+from .config import Config, ConfigError, Named
+from .networks import make_network
 from .objective import Objective
-from .options import call_with_options
+from .options import find, make
 from .order import Shuffled
 from .plain import PlainTraining
-
-
-@lru_cache(maxsize=2)
-def _load_data(config: DataConfig, seed: int, device: torch.device) -> Data:
-    """The trials of a search share their images."""
-    return load_data(config, seed).to(device)
+from .tasks import Split, Task
 
 
 @dataclass
@@ -39,7 +33,6 @@ class Parts:
     """What the training loop drives."""
 
     device: torch.device
-    data: Data
     objective: Objective
     model: nn.Module
     training: HyperOptimizer | PlainTraining
@@ -49,6 +42,14 @@ class Parts:
     steps: int
     """Training steps of an episode."""
 
+    @property
+    def task(self) -> Task:
+        return self.objective.task
+
+    @property
+    def split(self) -> Split:
+        return self.objective.split
+
 
 def build(config: Config) -> Parts:
     """Makes everything that a run needs; nothing is written, nothing trained.
@@ -57,32 +58,46 @@ def build(config: Config) -> Parts:
         ConfigError: one line, for data that are missing or parts that do not go together.
     """
     train = config.train
+    method = None if config.method is None else make_method(config)
     device = choose_device(train.device)
-    data = _load_data(config.data, train.seed, device)
-    order = Shuffled(len(data.train), train.batch_size, train.seed)
+    task, split = _load(json.dumps(config.task, sort_keys=True), train.seed, device)
+    task, split = copy.copy(task), split.part(train.part)
+    order = Shuffled(len(split.train), train.batch_size, train.seed)
     steps = train.steps if train.steps is not None else train.epochs * order.batches_per_epoch  # type: ignore[operator]
     _check_length(config, steps)
     torch.manual_seed(train.seed)
-    model = make_model(config.model, tuple(data.train.images.shape[1:]), len(data.classes)).to(device)  # type: ignore[arg-type]
-    augmenter = Augmenter(data.train.images.shape[1]).to(device) if "augmentation" in config.tune else None
-    objective = Objective(
-        data, config.data.augment, train.precision == "bf16", _example_logits(config, data), augmenter
+    model = make_network(config.model, task.input_shape, task.num_outputs, task.input_dtype).to(device)
+    tensors = {name: task.loss_tensor(name) for name in config.tune}
+    example_logits = _example_logits(config, len(split.train), device)
+    objective = Objective(task, split, device, train.precision == "bf16", example_logits)
+    optimizer = make_optimizer(config.optimizer, "optimizer", list(model.parameters()))
+    tensors |= {"example_weights": example_logits}
+    training = (
+        PlainTraining(model, optimizer, objective.train_loss, _clip(config))
+        if method is None
+        else _training(config, model, optimizer, objective, method, lambda: _tune(config, tensors, steps))
     )
-    optimizer = make_optimizer(
-        config.optimizer.name, config.optimizer.options, "optimizer", list(model.parameters())
-    )
-    training = _training(config, model, optimizer, objective, steps)
-    return Parts(
-        device,
-        data,
-        objective,
-        model,
-        training,
-        _scheduler(config, optimizer),
-        order,
-        Shuffled(len(data.val), train.val_batch_size, train.seed + 1),
-        steps,
-    )
+    val_order = Shuffled(len(split.val), train.val_batch_size, train.seed + 1)
+    scheduler = _scheduler(config.scheduler, optimizer)
+    return Parts(device, objective, model, training, scheduler, order, val_order, steps)
+
+
+@lru_cache(maxsize=2)
+def _load(task: str, seed: int, device: torch.device) -> tuple[Task, Split]:
+    """The trials of a search share their data."""
+    loaded = make_task(json.loads(task))
+    split = loaded.load(seed).to(device)
+    loaded.to(device)
+    return loaded, split
+
+
+def make_task(task: Named) -> Task:
+    """The task of a configuration; its data are not read yet.
+
+    Raises:
+        ConfigError: one line.
+    """
+    return make(task, KNOWN["task"](), Task, "task")
 
 
 def choose_device(name: str) -> torch.device:
@@ -109,7 +124,7 @@ def choose_device(name: str) -> torch.device:
 def _check_length(config: Config, steps: int) -> None:
     train = config.train
     first = train.warmup + (train.hyper_every or 0)
-    if config.method.name != "none" and first > steps:
+    if config.method is not None and first > steps:
         raise ConfigError(
             "The first hyper step would be at train.warmup + train.hyper_every "
             f"= {first}, and train.epochs={train.epochs} makes {steps} training "
@@ -117,28 +132,28 @@ def _check_length(config: Config, steps: int) -> None:
         )
 
 
-def _example_logits(config: Config, data: Data) -> Tensor | None:
+def _example_logits(config: Config, num: int, device: torch.device) -> Tensor | None:
     tune = config.tune.get("example_weights")
     if tune is None:
         return None
     start = torch.logit(torch.tensor(0.5 if tune.init is None else tune.init))
-    return start.repeat(len(data.train)).to(data.train.images.device).requires_grad_()
+    return start.repeat(num).to(device).requires_grad_()
 
 
-def make_optimizer(name: str, options: dict[str, Any], section: str, params: list[Tensor]) -> Optimizer:
-    """An optimizer of torch by name.
+def make_optimizer(named: Named, section: str, params: list[Tensor]) -> Optimizer:
+    """An optimizer by name, of torch or by its import path.
 
     Raises:
         ConfigError: one line that names the key under ``section``.
     """
-    kind = _class_in(torch.optim, name, Optimizer, f"{section}.name")
+    name = named.get("name")
     if name in NOT_FOR_NETWORKS:
-        raise ConfigError(f"{section}.name={name} {NOT_FOR_NETWORKS[name]}. Take SGD, Adam or another one.")
-    for key, value in options.items():
+        raise ConfigError(f"{section}={name} {NOT_FOR_NETWORKS[name]}. Take SGD, Adam or another one.")
+    for key, value in named.items():
         reason = _why_not(key, value)
         if reason is not None:
-            raise ConfigError(f"{section}.options.{key}={value}: {reason}")
-    return call_with_options(kind, options, f"{section}.options", params, skip={"params"})
+            raise ConfigError(f"{section}.{key}={value}: {reason}")
+    return make(named, KNOWN["optimizer"](), Optimizer, section, params, skip={"params"})
 
 
 NOT_FOR_NETWORKS = {
@@ -160,44 +175,40 @@ def _why_not(key: str, value: Any) -> str | None:
     return None
 
 
-def _scheduler(config: Config, optimizer: Optimizer) -> lr_scheduler.LRScheduler | None:
-    scheduler = config.scheduler
-    if scheduler.name is None:
+def _scheduler(named: Named | None, optimizer: Optimizer) -> lr_scheduler.LRScheduler | None:
+    if named is None:
         return None
-    if scheduler.name == "ReduceLROnPlateau":
+    if named["name"] == "ReduceLROnPlateau":
         raise ConfigError(
-            "scheduler.name=ReduceLROnPlateau needs a metric at each step, which the loop does not give it."
+            "scheduler=ReduceLROnPlateau needs a metric at each step, which the loop does not give it."
         )
-    kind = _class_in(lr_scheduler, scheduler.name, lr_scheduler.LRScheduler, "scheduler.name")
-    return call_with_options(kind, scheduler.options, "scheduler.options", optimizer, skip={"optimizer"})
+    return make(
+        named, KNOWN["scheduler"](), lr_scheduler.LRScheduler, "scheduler", optimizer, skip={"optimizer"}
+    )
 
 
-def _class_in(module: ModuleType, name: str, base: type, key: str) -> Any:
-    classes = {n: thing for n, thing in vars(module).items() if inspect.isclass(thing)}
-    known = [n for n, thing in classes.items() if issubclass(thing, base) and thing is not base]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        raise ConfigError(f"{key}={name} is no class of {module.__name__}. The nearest is {near}.")
-    return classes[name]
+def _clip(config: Config) -> Any:
+    return None if config.train.clip_norm is None else clip_grad_norm(config.train.clip_norm)
 
 
 def _training(
-    config: Config, model: nn.Module, optimizer: Optimizer, objective: Objective, steps: int
-) -> HyperOptimizer | PlainTraining:
-    clip = None if config.train.clip_norm is None else clip_grad_norm(config.train.clip_norm)
-    if config.method.name == "none":
-        return PlainTraining(model, optimizer, objective.train_loss, clip)
-    hyper = config.hyper_optimizer
+    config: Config,
+    model: nn.Module,
+    optimizer: Optimizer,
+    objective: Objective,
+    method: Method,
+    tune: Callable[[], list[Any]],
+) -> HyperOptimizer:
     try:
         return HyperOptimizer(
             model,
             optimizer,
             objective.train_loss,
-            tune=_tune(config, objective, steps),
-            method=make_method(config),
-            hyper_optimizer=partial(make_optimizer, hyper.name, hyper.options, "hyper_optimizer"),
+            tune=tune(),
+            method=method,
+            hyper_optimizer=partial(make_optimizer, config.hyper_optimizer, "hyper_optimizer"),
             val_loss=objective.val_loss,
-            grad_transform=clip,
+            grad_transform=_clip(config),
         )
     except ConfigError:
         raise
@@ -205,31 +216,27 @@ def _training(
         raise ConfigError(f"tune or method: {' '.join(str(error).split())}") from error
 
 
-def _tune(config: Config, objective: Objective, steps: int) -> list[Any]:
+def _tune(config: Config, tensors: dict[str, Any], steps: int) -> list[Any]:
     settings: list[Any] = [
         Hyperparameter(
             name, tune.per, tune.init, tune.low, tune.high, tune.log, steps if tune.per == "step" else None
         )
         for name, tune in config.tune.items()
-        if name not in LOSS_TENSORS
+        if tensors[name] is None
     ]
-    loss_tensors = {"example_weights": objective.example_logits, "augmentation": objective.augmenter}
-    return settings + [(name, loss_tensors[name]) for name in config.tune if name in LOSS_TENSORS]
+    return settings + [(name, tensors[name]) for name in config.tune if tensors[name] is not None]
 
 
 def make_method(config: Config) -> Method:
-    """The method of a configuration, and its solver.
+    """The method of a configuration, and its solver. Unrolled looks back on train.hyper_every steps, if
+    nothing else is said.
 
     Raises:
-        TypeError, ValueError: for numbers that it refuses.
+        ConfigError: one line.
     """
-    method = config.method
-    taken = method_keys(method)
-    given = {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) is not None}
-    arguments = {key: value for key, value in given.items() if key in taken["method"] and key != "solver"}
-    if method.name == "implicit":
-        solver = SOLVERS[method.solver or "neumann"]
-        arguments["solver"] = solver(**{key: value for key, value in given.items() if key in taken["solver"]})
-    if method.name == "unrolled" and config.train.hyper_every is not None:
-        arguments.setdefault("truncation", config.train.hyper_every)
-    return METHODS[method.name](**arguments)
+    assert config.method is not None
+    known, method = KNOWN["method"](), dict(config.method)
+    takes = getattr(find(method, known, Method, "method"), "__dataclass_fields__", {})
+    if "truncation" in takes and config.train.hyper_every is not None:
+        method.setdefault("truncation", config.train.hyper_every)
+    return make(method, known, Method, "method")

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass
 from typing import Any, get_args, get_type_hints
 
-from ..methods import ForwardMode, Implicit, Unrolled
-from ..solvers import Solver
-from .config import Config, ConfigError, MethodConfig, Tune
+from .config import NAMED, Config, ConfigError, Tune
 
-SOLVERS: dict[str, type] = {kind.__name__.lower(): kind for kind in Solver.__subclasses__()}
-METHODS: dict[str, type] = {"implicit": Implicit, "unrolled": Unrolled, "forward": ForwardMode}
 MOST_THREADS = 1024
-LOSS_TENSORS = ("example_weights", "augmentation")
+LOSS_TENSORS = ("example_weights", "augmentation")  # which have a shape of their own
 
 AT_LEAST_ONE = {
     "train": ("steps", "epochs", "episodes", "batch_size", "hyper_every", "val_batch_size", "threads"),
     "output": ("log_every", "eval_every", "eval_size", "checkpoint_every", "keep_checkpoints"),
     "compare": ("grid_size",),
-    "data": ("image_size", "train_size", "val_size", "test_size"),
-    "method": ("num_terms", "rank", "num_batches", "truncation", "max_snapshots", "max_graphs"),
 }
 
 
@@ -35,18 +28,9 @@ def check(config: Config) -> None:
         raise ConfigError(reason)
 
 
-def method_keys(config: MethodConfig) -> dict[str, set[str]]:
-    """The keys that the chosen method takes, and of these the ones that its solver takes."""
-    solver = SOLVERS[config.solver or "neumann"] if config.name == "implicit" else None
-    method = METHODS.get(config.name)
-    return {
-        "method": {f.name for f in fields(method)} if method else set(),
-        "solver": {f.name for f in fields(solver)} if solver else set(),
-    }
-
-
 def _reasons(config: Config) -> Iterator[str]:
     yield from _nulls(config)
+    yield from _named(config)
     yield from _small_numbers(config)
     yield from _length(config)
     yield from _method(config)
@@ -85,8 +69,6 @@ def _small_numbers(config: Config) -> Iterator[str]:
         yield f"train.clip_norm must be positive and finite, got {train.clip_norm}. null does not clip."
     if config.output.folder is not None and not config.output.folder.strip():
         yield "output.folder is empty. Name a folder, or set it to null for a new one in runs/."
-    if not 0 <= config.data.label_noise < 1:
-        yield f"data.label_noise is a fraction of the labels in [0, 1), got {config.data.label_noise}."
 
 
 def _length(config: Config) -> Iterator[str]:
@@ -96,57 +78,31 @@ def _length(config: Config) -> Iterator[str]:
             "Give either train.steps or train.epochs: got "
             f"train.steps={train.steps} and train.epochs={train.epochs}."
         )
-    if train.episodes > 1 and config.scheduler.name is not None:
+    if train.episodes > 1 and config.scheduler is not None:
         yield (
-            f"scheduler.name={config.scheduler.name} with "
+            f"scheduler={config.scheduler['name']} with "
             f"train.episodes={train.episodes}: a scheduler goes on where an episode "
             "begins anew. Tune a schedule (tune.lr.per=step), or set train.episodes to 1."
         )
 
 
+def _named(config: Config) -> Iterator[str]:
+    for section in NAMED:
+        named = getattr(config, section)
+        if named is not None and not isinstance(named.get("name"), str):
+            yield f"{section} needs the name of a class, such as {section}: {getattr(Config(), section)}."
+
+
 def _method(config: Config) -> Iterator[str]:
-    method = config.method
-    if method.name == "none" and config.tune:
+    if config.method is None and config.tune:
         yield (
-            "method.name=none trains without tuning, and tune has "
-            f"{', '.join(config.tune)}. Choose a method, or empty tune."
+            f"method=null trains without tuning, and tune has {', '.join(config.tune)}. Choose a method, or "
+            "empty tune."
         )
-    if method.name != "none" and not config.tune:
+    if config.method is not None and not config.tune:
         yield (
-            f"tune is empty, and method.name={method.name} needs "
-            "something to tune. Name it there, or set method.name=none."
-        )
-    taken = method_keys(method)
-    for key, value in asdict(method).items():
-        if key == "name" or value is None or key in taken["method"] | taken["solver"]:
-            continue
-        chosen = f"method.name={method.name}"
-        if method.name == "implicit":
-            chosen += f" with method.solver={method.solver or 'neumann'}"
-        able = ", ".join(sorted(taken["method"] | taken["solver"])) or "no key"
-        yield f"method.{key}={value} does not go with {chosen}, which takes: {able}."
-    yield from _graphs(method)
-
-
-def _graphs(method: MethodConfig) -> Iterator[str]:
-    """What keeps graphs, with what keeps none."""
-    memory, max_graphs = method.memory, method.max_graphs
-    if memory is not None and not 0 <= memory <= (1 if isinstance(memory, float) else math.inf):
-        yield (
-            f"method.memory={memory} must be a number of bytes (an integer) or a part of all memory (a "
-            "number from 0 to 1)."
-        )
-    if memory is not None and max_graphs is not None:
-        yield (
-            f"method.memory={memory} and method.max_graphs={max_graphs} both say how many graphs are kept. "
-            "Set one of them to null."
-        )
-    key = "memory" if memory else None if max_graphs is None else "max_graphs"
-    other = "offload" if method.offload is not None else "second_order"
-    if key is not None and (method.offload is not None or method.second_order not in (None, "reverse")):
-        yield (
-            f"method.{key}={getattr(method, key)} does not go with method.{other}={getattr(method, other)}: "
-            "it keeps graphs of double backward in the device's memory. Set one of them to null."
+            f"tune is empty, and method={config.method['name']} needs something to tune. Name it there, or "
+            "set method to null."
         )
 
 
@@ -172,10 +128,10 @@ def _tune(config: Config) -> Iterator[str]:
 
 def _hyper_steps(config: Config) -> Iterator[str]:
     train = config.train
-    if config.method.name == "none":
+    if config.method is None:
         if train.episodes > 1:
             yield (
-                f"train.episodes={train.episodes} with method.name=none: "
+                f"train.episodes={train.episodes} with method=null: "
                 "nothing changes between episodes. Set it to 1."
             )
         return
@@ -203,11 +159,10 @@ def _hyper_steps(config: Config) -> Iterator[str]:
 
 
 def _rivals(config: Config) -> Iterator[str]:
-    if config.data.train_on != "train" and config.method.name != "none":
+    if config.train.part != "train" and config.method is not None:
         yield (
-            f"data.train_on={config.data.train_on} with method.name={config.method.name}: "
-            "tuning on images that are trained on overfits them. Set "
-            "data.train_on=train, or method.name=none and an empty tune."
+            f"train.part={config.train.part} with method={config.method['name']}: tuning on examples that "
+            "are trained on overfits them. Set train.part=train, or method to null and an empty tune."
         )
     compare = config.compare
     if not compare.low < compare.high or (compare.log and compare.low <= 0):

@@ -23,7 +23,7 @@ from sklearn.model_selection import ParameterSampler
 from tqdm import tqdm
 
 from .build import make_optimizer
-from .config import CompareConfig, Config, ConfigError, MethodConfig
+from .config import CompareConfig, Config, ConfigError
 from .run_folder import RunFolder, write_atomically
 from .start import folder_of, run_in
 from .stopping import StopRequest, TrainingError, stop_on_signals
@@ -84,12 +84,12 @@ def compare(config: Config, name: str, num_seeds: int, num_jobs: int) -> tuple[P
 def _check(config: Config, num_seeds: int, num_jobs: int) -> None:
     if num_seeds < 1 or num_jobs < 1:
         raise ConfigError(f"--seeds and --jobs must be at least 1, got {num_seeds} and {num_jobs}.")
-    if config.method.name == "none":
-        raise ConfigError("compare needs a configuration that tunes something: method.name is none.")
+    if config.method is None:
+        raise ConfigError("compare needs a configuration that tunes something: method is null.")
     for value in (config.compare.low, config.compare.high):
-        options = config.optimizer.options | {config.compare.setting: value}
+        named = config.optimizer | {config.compare.setting: value}
         try:
-            make_optimizer(config.optimizer.name, options, "optimizer", [torch.zeros(1, requires_grad=True)])
+            make_optimizer(named, "optimizer", [torch.zeros(1, requires_grad=True)])
         except ConfigError as error:
             raise ConfigError(f"compare.setting={config.compare.setting}: {error}") from error
 
@@ -117,12 +117,12 @@ class Rivals:
         steps_of_trial = self._tuned.summary["steps"] / self._config.train.episodes
         num_trials = max(1, round(self._tuned.summary["cost"] / steps_of_trial))
         self._random = self._search(RANDOM, _random(self._config, num_trials))
-        return [*self._random, *self._on_other_images()]
+        return [*self._random, *self._on_other_parts()]
 
     def rows(self) -> list[Path]:
         """The folders of the runs to compare; of a search a copy of its best, with the cost of all."""
         single = [
-            trial.path for trial in (self._default, self._tuned, *self._on_other_images()) if trial.finished
+            trial.path for trial in (self._default, self._tuned, *self._on_other_parts()) if trial.finished
         ]
         searched = [
             _copy(trials, self._place(row)) for row, trials in ((GRID, self._grid), (RANDOM, self._random))
@@ -142,17 +142,16 @@ class Rivals:
             Trial(_fixed(quiet, **{setting: value}), place / f"{setting}={value:.4g}") for value in values
         ]
 
-    def _on_other_images(self) -> list[Trial]:
+    def _on_other_parts(self) -> list[Trial]:
         """As many training steps as the others take, which a scheduler is made for."""
         best = _best(self._grid)
         if best is None:
             return []
         same_length = replace(best.config.train, steps=best.summary["steps"], epochs=None)
-        sets = {BOTH: "train_and_val"} | ({VAL_ALONE: "val"} if self._config.data.label_noise else {})
-        data = {row: replace(best.config.data, train_on=images) for row, images in sets.items()}  # type: ignore[arg-type]
+        sets = {BOTH: "train_and_val"} | ({VAL_ALONE: "val"} if self._config.task.get("label_noise") else {})
         return [
-            Trial(replace(best.config, data=d, train=same_length), self._place(row))
-            for row, d in data.items()
+            Trial(replace(best.config, train=replace(same_length, part=part)), self._place(row))  # type: ignore[arg-type]
+            for row, part in sets.items()
         ]
 
 
@@ -161,8 +160,8 @@ def _fixed(config: Config, **options: float) -> Config:
     return replace(
         config,
         tune={},
-        method=MethodConfig(name="none"),
-        optimizer=replace(config.optimizer, options=config.optimizer.options | options),
+        method=None,
+        optimizer=config.optimizer | options,
         train=replace(config.train, episodes=1, hyper_every=None, warmup=0),
     )
 

@@ -7,26 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
-from .config import Config, ConfigError, Tune
+from .config import NAMED, Config, ConfigError, Tune
 
-ANY = "*"  # a name that the user chooses, such as those under tune
-COMMAND_KEYS = (
-    "config",
-    "dry_run",
-    "seeds",
-    "jobs",
-    "help",
-    "last",
-    "version",
-    "print_config",
-    "out",
-)  # of commands, not of a run
+ANY = "*"  # a name that the user chooses, or one that only the named class knows
 
 
 def _schema(kind: type) -> dict[str, Any]:
     """Sections as dicts of keys, other keys as None."""
     hints = get_type_hints(kind)
-    special = {"tune": {ANY: {f.name: None for f in fields(Tune)}}, "options": {ANY: None}}
+    special = {"tune": {ANY: {f.name: None for f in fields(Tune)}}, **{name: {ANY: None} for name in NAMED}}
     sections = {f.name: _schema(hints[f.name]) for f in fields(kind) if is_dataclass(hints[f.name])}
     return {f.name: sections.get(f.name, special.get(f.name)) for f in fields(kind)}
 
@@ -46,50 +35,23 @@ PATHS = tuple(path for path in _paths(SCHEMA) if ANY not in path)
 def check_content(
     content: Mapping[Any, Any], where: str, schema: Mapping[str, Any] = SCHEMA, path: str = ""
 ) -> None:
-    """Refuses keys of a YAML file that a configuration does not have.
+    """Refuses keys that a configuration does not have.
 
     Raises:
         ConfigError: with the nearest valid key.
     """
     for name, value in content.items():
         if not isinstance(name, str):
-            raise ConfigError(
-                f"Keys are names, got {name!r} under {path.rstrip('.') or 'the top'} in {where}."
-            )
-        if not path and name in COMMAND_KEYS:
-            continue
-        _check_name(name, schema, path, f"in {where}")
+            raise ConfigError(f"Keys are names, got {name!r} under {path.rstrip('.') or 'the top'} {where}.")
+        _check_name(name, schema, path, where)
         inner = schema.get(name, schema.get(ANY))
-        if inner is not None:
-            if not isinstance(value, dict):
-                raise ConfigError(
-                    f"{path}{name} is a section and needs keys with "
-                    f"values, got {shortened(value)} in {where}."
-                )
-            check_content(value, where, inner, f"{path}{name}.")
-
-
-def check_flag(flag: str) -> None:
-    """Refuses ``--a.key`` on the command line that a configuration does not have.
-
-    Raises:
-        ConfigError: with the nearest valid key.
-    """
-    parts = flag.split(".")
-    if parts[0] in COMMAND_KEYS:
-        return
-    if parts[0] == "tune" and len(parts) > 3:
-        name, key = ".".join(parts[1:-1]), parts[-1]
-        raise ConfigError(
-            f"On the command line a name with a dot, {name}, is "
-            f"given as --tune '{{{name}: {{{key}: VALUE}}}}'."
-        )
-    schema: Mapping[str, Any] = SCHEMA
-    for i, name in enumerate(parts):
-        if name == "help":
-            return
-        _check_name(name, schema, "".join(f"{part}." for part in parts[:i]), "on the command line")
-        schema = schema.get(name, schema.get(ANY)) or {ANY: None}
+        if inner is None or (not path and name in NAMED and (value is None or isinstance(value, str))):
+            continue
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f"{path}{name} is a section and needs keys with values, got {shortened(value)} {where}."
+            )
+        check_content(value, where, inner, f"{path}{name}.")
 
 
 def _check_name(name: str, schema: Mapping[str, Any], path: str, where: str) -> None:

@@ -18,7 +18,9 @@ from .build import Parts
 from .config import Config
 from .edits import Change, check_edits, told
 from .metrics import MetricsLog, by_kind, in_brief
-from .results import summary_of, tuned_of
+from .old import today
+from .parsing import config_of
+from .results import pictures_of, summary_of, tuned_of, words_of
 from .run_folder import RunFolder, as_dict
 from .stopping import StopRequest, TrainingError
 
@@ -103,6 +105,7 @@ class Run:
     def _train(self, stop: StopRequest, bar: tqdm) -> None:
         progress, began = self.progress, time.monotonic() - self.progress.seconds
         if progress.step == 0:
+            self.folder.log({"kind": "task", "step": 0, **words_of(self.parts.task)})
             self._evaluate(bar)
         while progress.step < self.total and not stop.requested:
             self._step(bar)
@@ -123,13 +126,14 @@ class Run:
         loss = self._guarded(lambda: parts.training.step(rows))
         progress.step += 1
         progress.cost += 1
+        parts.objective.prepare(parts.train_order.batch(progress.step))
         self._step_scheduler()
         if progress.step % config.output.log_every == 0:
             self._log_train_loss(float(loss), bar)
 
     def _step_scheduler(self) -> None:
         scheduler, order = self.parts.scheduler, self.parts.train_order
-        every_step = self.config.scheduler.every == "step"
+        every_step = self.config.train.scheduler_every == "step"
         if scheduler is not None and (every_step or self.progress.step % order.batches_per_epoch == 0):
             scheduler.step()
 
@@ -185,15 +189,14 @@ class Run:
         self._show(bar)
 
     def _evaluate(self, bar: tqdm) -> None:
-        parts = self.parts
-        some = slice(0, self.config.output.eval_size)
+        parts, most = self.parts, self.config.output.eval_size
         train, val = (
-            parts.objective.evaluate(parts.model, part[some]) for part in (parts.data.train, parts.data.val)
+            parts.objective.evaluate(parts.model, part, most) for part in (parts.split.train, parts.split.val)
         )
         if not math.isfinite(train["loss"] + val["loss"]):
             self._fail(
-                f"the loss is {train['loss']} on the training images "
-                f"and {val['loss']} on the validation images. {REMEDY}"
+                f"the loss is {train['loss']} on the training set "
+                f"and {val['loss']} on the validation set. {REMEDY}"
             )
         row = {"kind": "eval", "step": self.progress.step, "seconds": round(self.progress.seconds, 2)}
         self._metrics.log({**row, "train": train, "val": val})
@@ -229,8 +232,8 @@ class Run:
         changes: dict[str, Change] = {}
         if state is not None:
             if "config" in state:
-                where = str(self.folder.config_file)
-                changes = check_edits(state["config"], as_dict(self.config), where)
+                trained, where = as_dict(config_of(today(state["config"]))), str(self.folder.config_file)
+                changes = check_edits(trained, as_dict(self.config), where)
             self.progress = Progress(**state["progress"])
             self.parts.training.load_state_dict(state["training"])
             if self.parts.scheduler is not None:
@@ -246,13 +249,14 @@ class Run:
         tuned = tuned_of(self.parts, self._start, values)
         summary = summary_of(self.parts, asdict(self.progress), values)
         summary["config"] = {key: part for key, part in as_dict(self.config).items() if key != "output"}
-        self.folder.finish(summary, tuned, self.parts.model.state_dict())
+        pictures = pictures_of(self.parts, values)
+        self.folder.finish(summary, tuned, self.parts.model.state_dict(), pictures)
 
 
 def is_hyper_step(config: Config, steps: int, step: int) -> bool:
     """Whether a hyper step follows training step ``step``, counted from 1, with ``steps`` to an episode."""
     train = config.train
-    if config.method.name == "none":
+    if config.method is None:
         return False
     if train.episodes > 1:
         return step % steps == 0 and step < steps * train.episodes

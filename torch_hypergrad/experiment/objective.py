@@ -1,90 +1,102 @@
 """The training and validation losses of a run, on batches of row numbers.
 
-Recorded batches are row numbers of images that stay where they are, so that no trajectory holds pictures.
+Recorded batches are row numbers of examples that stay where they are, so that no trajectory holds data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Data, Images, pixels
-from .models import random_crop_flip, random_flip
+from .tasks.base import Batch, Examples, InMemory, Split, Task
 
 EVALUATION_BATCH = 1000
-MOST_STANDARDIZED = 2**28  # numbers of training images that are standardized once: 1 GiB in float32
-AUGMENT: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda images: images,
-    "flip": random_flip,
-    "crop_flip": random_crop_flip,
-}
+MOST_PREPARED = 2**28  # numbers of training inputs that are prepared once: 1 GiB in float32
 
 
 class Objective:
-    """Cross-entropy of images chosen by row numbers.
+    """Losses of a task's examples chosen by row numbers.
 
     Args:
-        data: the images.
-        augment: random changes to training images: ``"none"``, ``"flip"`` or ``"crop_flip"``.
+        task: what is learned.
+        split: its examples, on the device.
+        device: of the network.
         bf16: whether the network runs under bf16 autocast.
-        example_logits: one logit for each training image, whose sigmoid weighs its loss; or None.
-        augmenter: a network that changes training images; or None.
+        example_logits: one logit for each training example, whose sigmoid weighs its loss; or None.
     """
 
     def __init__(
         self,
-        data: Data,
-        augment: str,
+        task: Task,
+        split: Split,
+        device: torch.device,
         bf16: bool,
         example_logits: Tensor | None = None,
-        augmenter: nn.Module | None = None,
     ) -> None:
-        self.data, self.bf16 = data, bf16
-        self.example_logits, self.augmenter = example_logits, augmenter
-        self._augment = AUGMENT[augment]
-        unchanged = augment == "none" and augmenter is None
-        small = data.train.images.numel() <= MOST_STANDARDIZED
-        self._standardized = data.standardized if unchanged and small else None
+        self.task, self.split, self.device, self.bf16 = task, split, device, bf16
+        self.example_logits = example_logits
+        train = split.train
+        self._train: Examples | None = None
+        if isinstance(train, InMemory) and not task.random and train.inputs.numel() <= MOST_PREPARED:
+            self._train = InMemory(task.inputs(train.inputs), train.targets)
 
     def train_loss(self, model: nn.Module, rows: Tensor) -> Tensor:
-        """Mean loss of the training images ``rows``, weighted where examples have weights."""
+        """Mean loss of the training examples ``rows``, weighted where examples have weights."""
+        inputs, targets = self._train_batch(rows)
         with self._precision():
-            logits = model(self._train_images(rows))
-            losses = F.cross_entropy(logits, self.data.train.labels[rows], reduction="none")
+            losses = self.task.losses(model(inputs), targets)
         if self.example_logits is not None:
             losses = losses * self.example_logits[rows].sigmoid()
         return losses.mean()
 
     def val_loss(self, model: nn.Module, rows: Tensor) -> Tensor:
-        """Mean loss of the validation images ``rows``, with dropout and batch statistics off."""
-        val = self.data.val
+        """Mean loss of the validation examples ``rows``, with dropout and batch statistics off."""
+        stored, targets = self.split.val.take(rows)
         with evaluating(model), self._precision():
-            return F.cross_entropy(model(self.data.standardize(pixels(val.images[rows]))), val.labels[rows])
+            return self.task.losses(model(self.task.inputs(stored)), targets).mean()
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, images: Images) -> dict[str, float]:
-        """Loss and accuracy (0 to 1) on a whole set, without noise, weights or augmentation."""
-        loss = correct = torch.zeros((), dtype=torch.float64, device=images.labels.device)
+    def evaluate(self, model: nn.Module, examples: Examples, most: int | None = None) -> dict[str, float]:
+        """Loss and metrics on a set, or its first ``most``, without noise, weights or augmentation."""
+        num = min(most or len(examples), len(examples))
+        metrics = self.task.metrics()
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        true: list[Tensor] = []
+        told: dict[str, list[Tensor]] = {name: [] for name in metrics}
         with evaluating(model), self._precision():
-            for start in range(0, len(images), EVALUATION_BATCH):
-                part = images[slice(start, start + EVALUATION_BATCH)]
-                logits = model(self.data.standardize(pixels(part.images)))
-                loss = loss + F.cross_entropy(logits, part.labels, reduction="sum")
-                correct = correct + (logits.argmax(1) == part.labels).sum()
-        return {"loss": loss.item() / len(images), "accuracy": correct.item() / len(images)}
+            for rows in torch.arange(num, device=self.device).split(EVALUATION_BATCH):
+                stored, targets = examples.take(rows)
+                outputs = model(self.task.inputs(stored))
+                loss = loss + self.task.losses(outputs, targets).sum()
+                true.append(targets)
+                for name, metric in metrics.items():
+                    told[name].append(metric.told(outputs.float()))
+        found = {
+            name: float(metric.function(_array(true), _array(told[name]))) for name, metric in metrics.items()
+        }
+        return {"loss": loss.item() / num, **found}
 
-    def _train_images(self, rows: Tensor) -> Tensor:
-        if self._standardized is not None:
-            return self._standardized[rows]
-        images = self._augment(pixels(self.data.train.images[rows]))
-        return self.data.standardize(images if self.augmenter is None else self.augmenter(images))
+    def prepare(self, rows: Tensor) -> None:
+        """A hint that the next training step takes these rows."""
+        self.split.train.prepare(rows)
+
+    def _train_batch(self, rows: Tensor) -> Batch:
+        if self._train is not None:
+            return self._train.take(rows)
+        stored, targets = self.split.train.take(rows)
+        with self._precision():
+            return Batch(self.task.train_inputs(stored), targets)
 
     def _precision(self) -> AbstractContextManager[None]:
-        return torch.autocast(self.data.train.images.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+
+def _array(parts: list[Tensor]) -> np.ndarray:
+    return torch.cat(parts).cpu().numpy()
 
 
 @contextmanager

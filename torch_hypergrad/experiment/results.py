@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
+import io
 import platform
+from importlib.metadata import version
 from typing import Any
 
-import sklearn
 import torch
-import torchvision
 from torch import Tensor
 
 from .build import Parts
-from .data import pixels
+from .objective import evaluating
+from .tasks import Task
 
-NUM_LOWEST = 40
-NUM_AUGMENTED = 8
-NUM_DRAWS = 4
+
+def words_of(task: Task) -> dict[str, Any]:
+    """What a report calls things: examples, the loss, the metrics."""
+    metrics = {
+        name: {"percent": metric.percent, "higher_is_better": metric.higher_is_better}
+        for name, metric in task.metrics().items()
+    }
+    return {"data": task.data, "examples": task.examples, "loss": task.loss, "metrics": metrics}
 
 
 def summary_of(parts: Parts, progress: dict[str, Any], values: dict[str, Tensor]) -> dict[str, Any]:
     """The numbers of a finished run; only here is the test set looked at."""
-    from .. import __version__
-
-    sets = {"train": parts.data.train, "val": parts.data.val, "test": parts.data.test}
+    sets = {"train": parts.split.train, "val": parts.split.val, "test": parts.split.test}
     counts = {
         "steps": progress["step"],
         **{k: progress[k] for k in ("cost", "num_hyper_steps", "num_skipped", "seconds")},
     }
     return {
         **counts,
-        **{name: parts.objective.evaluate(parts.model, images) for name, images in sets.items()},
-        "inputs": {
-            "shape": list(parts.data.train.images.shape[1:]),
-            "classes": list(parts.data.classes),
-            "mean": parts.data.mean.tolist(),
-            "std": parts.data.std.tolist(),
-        },
-        "sizes": {name: len(images) for name, images in sets.items()},
+        **{name: parts.objective.evaluate(parts.model, examples) for name, examples in sets.items()},
+        "words": words_of(parts.task),
+        "inputs": parts.task.state(),
+        "sizes": {name: len(examples) for name, examples in sets.items()},
         "num_parameters": sum(p.numel() for p in parts.model.parameters()),
         "num_values": sum(value.numel() for value in values.values()),
         "device": torch.cuda.get_device_name(parts.device)
@@ -44,52 +44,35 @@ def summary_of(parts: Parts, progress: dict[str, Any], values: dict[str, Tensor]
         else parts.device.type,
         "threads": torch.get_num_threads(),
         "versions": {
-            "torch_hypergrad": __version__,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "scikit-learn": sklearn.__version__,
+            **{name: version(name) for name in ("torch_hypergrad", "torch", "torchvision", "scikit-learn")},
             "python": platform.python_version(),
         },
     }
 
 
 def tuned_of(parts: Parts, start: dict[str, Tensor], values: dict[str, Tensor]) -> dict[str, Any]:
-    """First and last values, and the pictures that a report draws beside them."""
+    """First and last values, and what the task's own pictures need."""
+    logits = parts.objective.example_logits
+    weights = None if logits is None else logits.detach().sigmoid()
     found: dict[str, Any] = {
         "start": {name: value.cpu() for name, value in start.items()},
         "values": {name: value.cpu() for name, value in values.items()},
-        "mean_image": pixels(parts.data.train.images.float().mean(0).cpu()),
-        "classes": list(parts.data.classes),
         "model": {name: list(param.shape) for name, param in parts.model.named_parameters()},
+        **parts.task.keepsakes(parts.split, weights),
     }
-    if parts.objective.example_logits is not None:
-        found |= _example_weights(parts)
-    if parts.objective.augmenter is not None:
-        found["augmented"] = _augmented(parts)
+    if weights is not None:
+        wrong = parts.split.wrong
+        known = torch.zeros(len(weights), dtype=torch.bool) if wrong is None else wrong.cpu()
+        found |= {"example_weights": weights.cpu(), "wrong": known}
     return found
 
 
-def _example_weights(parts: Parts) -> dict[str, Any]:
-    assert parts.objective.example_logits is not None
-    weights, data = parts.objective.example_logits.detach().sigmoid().cpu(), parts.data
-    lowest = weights.argsort(stable=True)[:NUM_LOWEST]
-    images = data.train.to(torch.device("cpu"))[lowest]
-    wrong = data.wrong.cpu()
-    return {
-        "example_weights": weights,
-        "wrong": wrong,
-        "lowest": {
-            "images": images.images,
-            "labels": images.labels,
-            "weights": weights[lowest],
-            "wrong": wrong[lowest],
-        },
-    }
-
-
-@torch.no_grad()
-def _augmented(parts: Parts) -> dict[str, Tensor]:
-    assert parts.objective.augmenter is not None
-    before = pixels(parts.data.train.images[:NUM_AUGMENTED])
-    after = torch.stack([parts.objective.augmenter(before) for _ in range(NUM_DRAWS)])
-    return {"before": before.cpu(), "after": after.clamp(0, 1).cpu()}
+def pictures_of(parts: Parts, values: dict[str, Tensor]) -> list[tuple[str, bytes]]:
+    """The task's own pictures: captions, and PNG."""
+    found = []
+    with evaluating(parts.model):
+        for caption, figure in parts.task.figures(parts.model, parts.split, values).items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=130)
+            found.append((caption, buffer.getvalue()))
+    return found

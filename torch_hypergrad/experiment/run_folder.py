@@ -8,9 +8,8 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ import yaml
 from filelock import FileLock, Timeout
 
 from .config import Config, ConfigError
-from .edits import check_edits, differences, told
+from .edits import FREE, check_edits, differences, told
+from .old import today
 from .options import one_line
+from .parsing import as_yaml, config_of, read_config
 
 CHECKPOINT = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 
@@ -100,11 +101,7 @@ class RunFolder:
         """
         if not self.config_file.exists():
             return
-        try:
-            there = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{self.config_file} cannot be read: {one_line(error)}.") from error
-        changes = differences(there if isinstance(there, dict) else {}, as_dict(config))
+        changes = differences(as_dict(read_config(self.config_file)), as_dict(config))
         changes = {path: pair for path, pair in changes.items() if not path.startswith("output.")}
         if changes:
             raise ConfigError(
@@ -119,9 +116,16 @@ class RunFolder:
             ConfigError: with what has changed.
         """
         trained = json.loads(self.summary_file.read_text(encoding="utf-8")).get("config")
-        there = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
         if trained is not None:
-            check_edits(trained, there, f"{self.config_file} of a finished run")
+            there = as_dict(read_config(self.config_file))
+            complete = as_dict(config_of({**today(trained), "output": there["output"]}))
+            changes = check_edits(complete, there, f"{self.config_file} of a finished run")
+            later = {path: pair for path, pair in changes.items() if not path.startswith(FREE)}
+            if later:
+                raise ConfigError(
+                    f"{self.path} is finished, and {self.config_file} was edited since: {told(later)}. Undo "
+                    "it, or train in a new folder."
+                )
 
     def _unusable(self, error: Exception) -> ConfigError:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -161,8 +165,21 @@ class RunFolder:
 
     # ---- results -------------------------------------------------------------------------------------------
 
-    def finish(self, summary: dict[str, Any], tuned: dict[str, Any], model: dict[str, Any]) -> None:
+    def finish(
+        self,
+        summary: dict[str, Any],
+        tuned: dict[str, Any],
+        model: dict[str, Any],
+        pictures: Sequence[tuple[str, bytes]] = (),
+    ) -> None:
         """Writes the results; the summary last, since it says that the run is finished."""
+        drawn = []
+        for number, (caption, png) in enumerate(pictures):
+            file = self.path / "pictures" / f"{number}.png"
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, png)
+            drawn.append({"file": f"pictures/{number}.png", "caption": caption})
+        summary = {**summary, "pictures": drawn}
         write_atomically(self.tuned_file, _as_bytes(tuned))
         write_atomically(self.model_file, _as_bytes(model))
         write_atomically(self.summary_file, json.dumps(summary, indent=2).encode())
@@ -221,11 +238,6 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def as_yaml(config: Config) -> str:
-    """All keys, in their order."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
 def as_dict(config: Config) -> dict[str, Any]:

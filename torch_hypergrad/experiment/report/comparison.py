@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from .groups import Group
+from .groups import Group, shown_measures
 from .read import RecordedRun
 from .style import (
     BLACK,
@@ -35,21 +35,25 @@ def _look(place: int) -> tuple[str, str]:
 
 
 def draw_results(groups: Sequence[Group]) -> Picture | None:
-    """Test accuracy and loss: a dot for each seed, a bar from mean - std to mean + std."""
+    """The first metric and the loss on the test set: a dot for each seed, a bar from mean - std to mean + "
+    "std."""
     if not any(group.finished for group in groups):
         return None
+    measures = shown_measures(groups[0].words)
     figure = new_figure(min(1.3 + 0.42 * len(groups), 16.0))
-    accuracy, loss = figure.subplots(1, 2, sharey=True)
-    _draw_dots(accuracy, [[100 * value for value in group.numbers("test", "accuracy")] for group in groups])
-    _draw_dots(loss, [group.numbers("test", "loss") for group in groups])
-    accuracy.set(xlabel="test accuracy (%)")
-    accuracy.set_yticks(range(len(groups)), [wrapped(group.name) for group in groups])
-    accuracy.set_ylim(len(groups) - 0.4, -0.6)
-    loss.set(xlabel="test loss")
+    every = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axes, measure in zip(every, measures):
+        columns = [
+            [measure.factor * value for value in group.numbers("test", measure.name)] for group in groups
+        ]
+        _draw_dots(axes, columns)
+        axes.set(xlabel=f"test {measure.header}")
+    every[0].set_yticks(range(len(groups)), [wrapped(group.name) for group in groups])
+    every[0].set_ylim(len(groups) - 0.4, -0.6)
     losses = [value for group in groups for value in group.numbers("test", "loss")]
-    set_scale(loss, "x", losses, log=max(losses) > 20 * min(losses))
+    set_scale(every[-1], "x", losses, log=0 < 20 * min(losses) < max(losses))
     many = max(len(group.finished) for group in groups) > 1
-    caption = "Test accuracy and test loss of each row"
+    caption = f"{listing(f'Test {measure.name}' for measure in measures)} of each row"
     caption += (
         ": a dot for each seed, the black line their mean and the bar one standard deviation either way."
         if many
@@ -80,7 +84,7 @@ def _draw_dots(axes: Axes, columns: Sequence[Sequence[float]]) -> None:
 
 
 def draw_overlaid(groups: Sequence[Group]) -> Picture | None:
-    """Losses on the training and validation images: thin lines for seeds, a thick one for their mean."""
+    """Losses on the training and validation sets: thin lines for seeds, a thick one for their mean."""
     shown = [group for group in groups if any(run.evals for run in group.runs)][:MAX_LINES]
     if not shown:
         return None
@@ -88,7 +92,7 @@ def draw_overlaid(groups: Sequence[Group]) -> Picture | None:
     figure = new_figure(4.2 + 0.24 * (-(-len(shown) // 4)))
     training, validation = figure.subplots(1, 2)
     leave_out = [
-        group for group in shown if any(run.config["data"]["train_on"] != "train" for run in group.runs)
+        group for group in shown if any(run.config["train"]["part"] != "train" for run in group.runs)
     ]
     for axes, part, drawn in (
         (training, "train", shown),
@@ -101,8 +105,8 @@ def draw_overlaid(groups: Sequence[Group]) -> Picture | None:
         step_axis(axes)
         losses = [line[part]["loss"] for group in drawn for run in group.runs for line in run.evals]
         set_scale(axes, "y", losses, log=True)
-    training.set(ylabel="loss (cross-entropy)", title="training images")
-    validation.set(title="validation images")
+    training.set(ylabel=f"loss ({groups[0].words.loss})", title="training set")
+    validation.set(title="validation set")
     legend_below(figure, training)
     return finish(figure, "losses", _caption(groups, shown, leave_out))
 
@@ -112,7 +116,7 @@ def _caption(groups: Sequence[Group], shown: Sequence[Group], left_out: Sequence
     caption = "Loss over training" + (": thin lines are seeds, thick ones their mean." if several else ".")
     if left_out:
         names = listing(quoted(group.name) for group in left_out)
-        caption += f" {names} trained on validation images, so only the left panel has them."
+        caption += f" {names} trained on the validation set, so only the left panel has them."
     if len(shown) < len(groups):
         caption += f" The first {len(shown)} of {len(groups)} rows."
     return caption

@@ -1,4 +1,4 @@
-"""What happened over the training steps: losses, accuracies, and the health of the hypergradient."""
+"""What happened over the training steps: losses, metrics, and the health of the hypergradient."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .style import (
     dots,
     finish,
     legend_below,
-    new_figure,
+    listing,
     panels,
     set_scale,
     step_axis,
@@ -23,28 +23,30 @@ from .style import (
 
 
 def draw_curves(run: RecordedRun) -> Picture | None:
-    """Loss and accuracy on the training and validation images."""
+    """The loss and each metric on the training and validation sets."""
     if not run.evals and not run.records["train"]:
         return None
-    figure = new_figure(3.8)
-    loss, accuracy = figure.subplots(1, 2)
-    _draw_losses(loss, run)
-    for part, color in (("train", BLUE), ("val", VERMILION)):
-        shares = [100 * value for value in _column(run.evals, part, "accuracy")]
-        accuracy.plot(_steps(run.evals), shares, color=color, marker=dots(shares), label=_LONG[part])
-    accuracy.set(ylabel="accuracy (%)")
-    for axes in (loss, accuracy):
+    metrics = run.words.metrics
+    figure, every = panels(1 + len(metrics), 2, 3.4)
+    _draw_losses(every[0], run)
+    for axes, metric in zip(every[1:], metrics):
+        for part, color in (("train", BLUE), ("val", VERMILION)):
+            values = [metric.factor * value for value in _column(run.evals, part, metric.name)]
+            axes.plot(_steps(run.evals), values, color=color, marker=dots(values), label=_LONG[part])
+        axes.set(ylabel=metric.header)
+    for axes in every:
         step_axis(axes)
         mark_first_hyper_step(axes, run)
-    legend_below(figure, loss, accuracy)
+    legend_below(figure, *every)
     restarts = run.config["train"]["episodes"] or 1
-    caption = "Loss and accuracy on the training and the validation images"
+    names = listing(["The loss", *(metric.name for metric in metrics)])
+    caption = f"{names} on the training and the validation {run.words.examples}"
     caption += ", with a dotted line at the first hyper step" if run.hyper else ""
     caption += f"; the loss jumps up where each of the {restarts} trainings begins" if restarts > 1 else ""
     return finish(figure, "curves", caption + ".")
 
 
-_LONG = {"train": "training images", "val": "validation images"}
+_LONG = {"train": "training set", "val": "validation set"}
 
 
 def _draw_losses(axes: Axes, run: RecordedRun) -> None:
@@ -58,7 +60,7 @@ def _draw_losses(axes: Axes, run: RecordedRun) -> None:
         losses = _column(run.evals, part, "loss")
         axes.plot(_steps(run.evals), losses, color=color, marker=dots(losses), label=_LONG[part])
         shown += losses
-    axes.set(ylabel="loss (cross-entropy)")
+    axes.set(ylabel=f"loss ({run.words.loss})")
     set_scale(axes, "y", shown, log=True)
 
 

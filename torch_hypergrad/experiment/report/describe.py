@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .read import RecordedRun, setting_of
-from .style import DASH, count_of, finite, fixed, listing, number, percent
+from .style import DASH, count_of, finite, listing, number, percent
 
 _PER = {
     "group": "one for each group of parameters",
@@ -16,25 +16,25 @@ _PER = {
     "step": "one for each training step",
 }
 _SOLVERS = {
-    "neumann": "a Neumann series",
-    "cg": "conjugate gradients",
-    "nystrom": "conjugate gradients after a Nystrom approximation",
-    "cholesky": "a Cholesky factorization",
-    "identity": "the identity for the inverse Hessian",
+    "Neumann": "a Neumann series",
+    "CG": "conjugate gradients",
+    "Nystrom": "conjugate gradients after a Nystrom approximation",
+    "Cholesky": "a Cholesky factorization",
+    "Identity": "the identity for the inverse Hessian",
 }
-_ONLY_IMAGES = {
-    "example_weights": "a weight for each training image",
+_OF_THE_LOSS = {
+    "example_weights": "a weight for each training example",
     "augmentation": "the augmentation of training images",
 }
 
 
 def in_one_sentence(run: RecordedRun) -> str:
     """What was tuned and how."""
-    tune, method = run.config["tune"], run.config["method"]["name"]
-    if not tune or method == "none":
+    tune = run.config["tune"]
+    if not tune or run.method is None:
         return "Trained without tuning."
     things = [
-        _ONLY_IMAGES.get(name) or f"{name} ({_PER.get(entry['per'], entry['per'])})"
+        _OF_THE_LOSS.get(name) or f"{name} ({_PER.get(entry['per'], entry['per'])})"
         for name, entry in tune.items()
     ]
     count = num_values(run)
@@ -43,19 +43,21 @@ def in_one_sentence(run: RecordedRun) -> str:
 
 
 def _how(method: dict[str, Any]) -> str:
-    if method["name"] == "implicit":
-        solver = method["solver"] or "neumann"
-        terms = f" of {method['num_terms'] or 20} terms" if solver == "neumann" else ""
-        damping = f", damping {number(method['damping'])}" if method["damping"] else ""
+    if method["name"] == "Implicit":
+        arguments = method["solver"] if isinstance(method["solver"], dict) else {"name": method["solver"]}
+        solver = arguments["name"]
+        terms = f" of {arguments.get('num_terms', 20)} terms" if solver == "Neumann" else ""
+        damping = f", damping {number(arguments['damping'])}" if arguments.get("damping") else ""
         curvature = ", on the Gauss-Newton curvature" if method.get("curvature") == "gauss_newton" else ""
         units = ", in the units of the optimizer's second moments" if method.get("preconditioner") else ""
         return (
             f"implicit differentiation with {_SOLVERS.get(solver, solver)}{terms}{damping}{curvature}{units}"
         )
-    if method["name"] == "unrolled":
-        last = f" (the last {method['truncation']:,} steps)" if method["truncation"] else ""
+    if method["name"] == "Unrolled":
+        last = f" (the last {method['truncation']:,} steps)" if method.get("truncation") else ""
         return f"differentiation through the unrolled training steps{last}"
-    return "forward-mode differentiation through training"
+    known = {"ForwardMode": "forward-mode differentiation through training"}
+    return known.get(method["name"], str(method["name"]))
 
 
 def num_values(run: RecordedRun) -> int | None:
@@ -85,7 +87,7 @@ def state(run: RecordedRun) -> str:
 
 
 def headline_numbers(run: RecordedRun) -> list[tuple[str, str]]:
-    """Test accuracy and loss; the last on the validation images while there are none."""
+    """Metrics and loss of the test set; the last of the validation set while there are none."""
     if run.summary and run.summary.get("test"):
         source, part = run.summary["test"], "test"
     elif run.evals:
@@ -94,8 +96,8 @@ def headline_numbers(run: RecordedRun) -> list[tuple[str, str]]:
         return []
     so_far = "" if run.finished else ", so far"
     return [
-        (percent(source["accuracy"]), f"{part} accuracy{so_far}"),
-        (fixed(source["loss"], 3), f"{part} loss{so_far}"),
+        (measure.shown(source.get(measure.name)), f"{part} {measure.name}{so_far}")
+        for measure in run.words.measures
     ]
 
 
@@ -129,15 +131,15 @@ def facts(run: RecordedRun) -> list[tuple[str, str]]:
 
 
 def _data(run: RecordedRun) -> str:
-    data = run.config["data"]
-    known = (run.summary or {}).get("sizes") or {part: data[f"{part}_size"] for part in _PARTS}
+    task, words = run.config["task"], run.words
+    known = (run.summary or {}).get("sizes") or {part: task.get(f"{part}_size") for part in _PARTS}
     sizes = [f"{known[part]:,} {name}" for part, name in _PARTS.items() if known.get(part) is not None]
-    text = f"{data['name']}: {listing(sizes)} images" if sizes else data["name"]
-    text += (
-        f"; {percent(data['label_noise'], 0)} of the training labels are wrong" if data["label_noise"] else ""
-    )
-    text += f"; trained on {data['train_on'].replace('_', ' ')}" if data["train_on"] != "train" else ""
-    return text + (f"; random {data['augment'].replace('_', ' and ')}" if data["augment"] != "none" else "")
+    text = f"{run.data}: {listing(sizes)} {words.examples}" if sizes else run.data
+    if task.get("label_noise"):
+        text += f"; {percent(task['label_noise'], 0)} of the training labels are wrong"
+    part, augment = run.config["train"]["part"], task.get("augment", "none")
+    text += f"; trained on {part.replace('_', ' ')}" if part != "train" else ""
+    return text + (f"; random {augment.replace('_', ' and ')}" if augment != "none" else "")
 
 
 _PARTS = {"train": "training", "val": "validation", "test": "test"}
@@ -145,17 +147,16 @@ _PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 def _model(run: RecordedRun) -> str:
     model, count = run.config["model"], (run.summary or {}).get("num_parameters")
-    text = _with_options({**model, "name": model["module"] or model["name"]})
-    return text + (f"; {count:,} parameters" if count is not None else "")
+    return _with_options(model) + (f"; {count:,} parameters" if count is not None else "")
 
 
 def _with_options(entry: dict[str, Any]) -> str:
-    options = ", ".join(f"{key} {value}" for key, value in (entry["options"] or {}).items())
+    options = ", ".join(f"{key} {value}" for key, value in entry.items() if key != "name")
     return f"{entry['name']} ({options})" if options else str(entry["name"])
 
 
 def _hyper_steps(run: RecordedRun) -> str:
-    if run.config["method"]["name"] == "none":
+    if run.method is None:
         return "none"
     text = f"{len(run.hyper):,} taken, {len(run.skipped):,} skipped"
     products = [line["num_matvecs"] for line in run.hyper if line.get("num_matvecs") is not None]

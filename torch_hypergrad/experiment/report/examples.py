@@ -42,7 +42,7 @@ def weights_sentences(run: RecordedRun) -> list[str]:
     low, area = weights < 0.5, area_under_curve(run)
     if not wrong.any():
         return [
-            f"Of {len(weights):,} training images, {low.sum():,} have "
+            f"Of {len(weights):,} training {run.words.examples}, {low.sum():,} have "
             "a weight under 0.5. Which labels are wrong is not known."
         ]
     told = (
@@ -78,9 +78,9 @@ def draw_weights(run: RecordedRun) -> Picture:
         legend_below(figure, left)
     else:
         left.hist(weights, edges, color=BLUE, alpha=0.75)
-    left.set(xlabel="learned weight", ylabel="number of training images")
+    left.set(xlabel="learned weight", ylabel=f"number of training {run.words.examples}")
     left.axvline(0.5, color=GREY, ls=":", lw=1)
-    caption = "The learned weights of the training images"
+    caption = f"The learned weights of the training {run.words.examples}"
     if area is not None:
         _draw_roc(right[0], weights, wrong, area)
         caption += ", and how many wrong labels a threshold on them finds at the price of how many right ones"

@@ -15,8 +15,7 @@ from ..config import ConfigError
 from .kinds import by_setting
 from .read import Record, RecordedRun, read_run
 from .style import DASH, fixed, number
-
-HEADERS = ["row", "values tuned", "test accuracy (%)", "test loss", "cost (training steps)", "seconds"]
+from .words import LOSS, Measure, Words
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,11 @@ class Group:
 
     name: str
     runs: list[RecordedRun]
+
+    @property
+    def words(self) -> Words:
+        """What things are called, as in the first run."""
+        return self.runs[0].words
 
     @property
     def finished(self) -> list[RecordedRun]:
@@ -99,18 +103,28 @@ def mean_of(values: Sequence[float], digits: int = 0) -> str:
     return f"{statistics.mean(values):,.{digits}f}" if values else DASH
 
 
-def accuracy_of(group: Group, part: str) -> str:
-    """Accuracy on one part of the data in percent, mean and spread over the seeds."""
-    return spread([100 * value for value in group.numbers(part, "accuracy")], 1)
+def measured(group: Group, part: str, measure: Measure) -> str:
+    """A measure on one part of the data, mean and spread over the seeds, in the unit of its header."""
+    return spread([measure.factor * value for value in group.numbers(part, measure.name)], measure.digits)
 
 
-def row_of(group: Group) -> list[str]:
+def headers_of(words: Words) -> list[str]:
+    """Of the table of the command line."""
+    measures = [f"test {measure.header}" for measure in shown_measures(words)]
+    return ["row", "values tuned", *measures, "cost (training steps)", "seconds"]
+
+
+def shown_measures(words: Words) -> list[Measure]:
+    """What tables of several runs show: the first metric, and the loss."""
+    return [*words.metrics[:1], LOSS]
+
+
+def row_of(group: Group, words: Words) -> list[str]:
     """A row of the table of the command line."""
     return [
         group.name,
         _num_values(group),
-        accuracy_of(group, "test"),
-        spread(group.numbers("test", "loss"), 3),
+        *(measured(group, "test", measure) for measure in shown_measures(words)),
         mean_of(group.numbers("cost")),
         mean_of(group.numbers("seconds"), 1),
     ]
@@ -123,15 +137,16 @@ def _num_values(group: Group) -> str:
 
 
 def table_of(run_folders: Sequence[Path]) -> str:
-    """For the terminal: one run's losses and accuracies, or of several runs a row for each group of seeds.
+    """For the terminal: one run's losses and metrics, or of several runs a row for each group of seeds.
 
     Raises:
         ConfigError: no folder, or one that holds no run.
     """
     groups = read_groups(run_folders)
+    words = groups[0].words
     if len(run_folders) > 1:
-        return github_table(HEADERS, [row_of(group) for group in groups])
-    return github_table(["images", "accuracy (%)", "loss"], rows_of_run(groups[0].runs[0]))
+        return github_table(headers_of(words), [row_of(group, words) for group in groups])
+    return github_table(headers_of_run(words), rows_of_run(groups[0].runs[0]))
 
 
 def github_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -141,15 +156,25 @@ def github_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def rows_of_run(run: RecordedRun) -> list[list[str]]:
-    """Accuracy and loss at the end on each set of images; so far, of a run that has not finished."""
+    """Metrics and loss at the end on each set of examples; so far, of a run that has not finished."""
     last: Record = run.summary or (run.evals[-1] if run.evals else {})
     named = {"test": "test", "val": "validation", "train": "training"}
+    measures = run.words.measures
     rows = []
     for part, name in named.items():
-        accuracy, loss = _dig(last, (part, "accuracy")), _dig(last, (part, "loss"))
-        if loss is not None:
-            rows.append([name, DASH if accuracy is None else f"{100 * accuracy:.1f}", fixed(loss, 3)])
-    return rows or [["test", DASH, DASH]]
+        found = [_dig(last, (part, measure.name)) for measure in measures]
+        cells = [
+            DASH if value is None else fixed(measure.factor * value, measure.digits)
+            for measure, value in zip(measures, found)
+        ]
+        if found[-1] is not None:
+            rows.append([name, *cells])
+    return rows or [["test", *[DASH] * len(measures)]]
+
+
+def headers_of_run(words: Words) -> list[str]:
+    """Of the table of one run."""
+    return [words.examples, *(measure.header for measure in words.measures)]
 
 
 # ---- what was tuned, what differs --------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from .describe import (
 )
 from .examples import draw_augmented, draw_lowest, draw_weights, has_weights, weights_sentences
 from .final_values import draw_histograms, draw_layers, draw_schedules
-from .groups import rows_of_run
+from .groups import headers_of_run, rows_of_run
 from .over_time import draw_over_time
 from .page import Page, Section, Table
 from .pixels import draw_pixel_maps
@@ -30,7 +30,7 @@ MAX_ROWS = 12  # of a table that is not folded up
 
 def page_of_run(run: RecordedRun) -> Page:
     """The page of a single run, finished or not."""
-    sections = [_training(run), _cleaning(run), _values(run), _augmentation(run), _trust(run)]
+    sections = [_training(run), _cleaning(run), _values(run), _augmentation(run), _own(run), _trust(run)]
     return Page(
         title=run.name,
         subtitle=in_one_sentence(run),
@@ -50,7 +50,7 @@ def _drawn(*pictures: Picture | None) -> list[Picture]:
 
 def _training(run: RecordedRun) -> Section:
     sentences = [] if run.evals else ["Nothing has been evaluated yet."]
-    table = Table(("images", "accuracy (%)", "loss"), rows_of_run(run))
+    table = Table(headers_of_run(run.words), rows_of_run(run))
     return Section(
         "Training", sentences, _drawn(draw_curves(run)), [table] if run.evals or run.finished else []
     )
@@ -74,14 +74,20 @@ def _values(run: RecordedRun) -> Section | None:
 def _cleaning(run: RecordedRun) -> Section | None:
     if not has_weights(run):
         return None
-    return Section(
-        "Weights of the training images", weights_sentences(run), _drawn(draw_weights(run), draw_lowest(run))
-    )
+    title = f"Weights of the training {run.words.examples}"
+    return Section(title, weights_sentences(run), _drawn(draw_weights(run), draw_lowest(run)))
 
 
 def _augmentation(run: RecordedRun) -> Section | None:
     pictures = _drawn(draw_augmented(run))
     return Section("Learned augmentation", (), pictures) if pictures else None
+
+
+def _own(run: RecordedRun) -> Section | None:
+    """The pictures that the task drew itself."""
+    found = [Picture.read(run.folder / entry["file"], entry["caption"]) for entry in run.pictures]
+    pictures = _drawn(*found)
+    return Section("Pictures of the task", (), pictures) if pictures else None
 
 
 def _trust(run: RecordedRun) -> Section:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import yaml
 
-from ..config import Config, ConfigError, Tune
+from ..config import NAMED, Config, ConfigError, Tune
+from ..old import today
+from .words import Words, words_of
 
 Record = dict[str, Any]
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
-KINDS = ("train", "eval", "hyper", "skipped", "edited")
+KINDS = ("task", "train", "eval", "hyper", "skipped", "edited")
 WEIGHTS = "example_weights"  # tuned as logits, and read as the weights that they stand for
 
 
@@ -47,8 +49,25 @@ class RecordedRun:
 
     @property
     def evals(self) -> list[Record]:
-        """Losses and accuracies on the training and validation images."""
+        """Losses and metrics on the training and validation sets."""
         return self.records["eval"]
+
+    @cached_property
+    def words(self) -> Words:
+        """What things are called."""
+        return words_of((self.summary or {}).get("words") or next(iter(self.records["task"]), None))
+
+    @property
+    def method(self) -> str | None:
+        """The name of the method; None of a run without tuning."""
+        method = self.config["method"]
+        return None if method is None else str(method["name"])
+
+    @property
+    def data(self) -> str:
+        """What the data are called."""
+        task = self.config["task"]
+        return self.words.data or str(task.get("data", task["name"]))
 
     @property
     def hyper(self) -> list[Record]:
@@ -78,6 +97,11 @@ class RecordedRun:
     @property
     def seed(self) -> Any:
         return self.config["train"]["seed"]
+
+    @property
+    def pictures(self) -> list[Record]:
+        """Files and captions of the task's own."""
+        return (self.summary or {}).get("pictures", [])
 
     @cached_property
     def tuned(self) -> Record:
@@ -117,7 +141,7 @@ def read_run(folder: Path) -> RecordedRun:
     config = _read_config(folder)
     records, unreadable = _read_metrics(folder / "metrics.jsonl")
     summary = _read_summary(folder / "summary.json")
-    config |= (summary or {}).get("config", {})  # as it was trained, whatever the file says by now
+    config |= today((summary or {}).get("config", {}))  # as it was trained, whatever the file says by now
     return RecordedRun(folder, config, records, unreadable, summary)
 
 
@@ -147,9 +171,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _complete(given: dict[str, Any]) -> dict[str, Any]:
     """The configuration with the defaults of keys that an older version did not have."""
     complete = asdict(Config())
-    for section, value in given.items():
+    for section, value in today(given).items():
         default = complete.get(section)
-        complete[section] = {**default, **(value or {})} if isinstance(default, dict) else value
+        whole = section in NAMED or not isinstance(default, dict)
+        complete[section] = value if whole else {**(default or {}), **(value or {})}
     complete["tune"] = {name: {**asdict(Tune()), **(entry or {})} for name, entry in complete["tune"].items()}
     return complete
 

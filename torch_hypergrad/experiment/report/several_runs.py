@@ -12,11 +12,22 @@ import yaml
 
 from .comparison import draw_overlaid, draw_results
 from .describe import duration, in_one_sentence
-from .groups import HEADERS, Group, accuracy_of, differing, mean_of, row_of, spread, tuned_in_brief
+from .groups import (
+    Group,
+    differing,
+    headers_of,
+    mean_of,
+    measured,
+    row_of,
+    shown_measures,
+    spread,
+    tuned_in_brief,
+)
 from .page import Page, Section, Table
 from .read import RecordedRun
-from .style import count_of, fixed, listing, number, percent, quoted
+from .style import count_of, listing, number, quoted
 from .trust import doubts, late_residual
+from .words import LOSS, Measure
 
 MAX_ROWS = 12
 MAX_COLUMNS = 8
@@ -51,7 +62,7 @@ def page_of_runs(groups: Sequence[Group], out: Path) -> Page:
 
 def _title(groups: Sequence[Group]) -> str:
     """What is compared."""
-    data = listing(dict.fromkeys(str(run.config["data"]["name"]) for group in groups for run in group.runs))
+    data = listing(dict.fromkeys(run.data for group in groups for run in group.runs))
     if len(groups) == 1:
         return f"{groups[0].name} on {data}, {len(groups[0].runs)} runs"
     return f"{len(groups)} ways to train on {data}"
@@ -64,34 +75,37 @@ def _subtitle(groups: Sequence[Group], runs: Sequence[RecordedRun]) -> str:
 
 
 def _best(groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """The row of the highest mean test accuracy, among those that saw the same labels: a row that trains on
-    validation images knows more than the others, and is named beside them."""
-    found = []
+    """The row that is best on the test set, among those that saw the same targets: a row that trains on the
+    validation set knows more than the others, and is named beside them."""
+    found, main = [], groups[0].words.main
     for kind, among in _by_information(groups).items():
-        means = {group.name: statistics.mean(group.numbers("test", "accuracy")) for group in among}
-        best = max(among, key=lambda group: means[group.name])
-        loss = spread(best.numbers("test", "loss"), 3)
-        found.append((f"{accuracy_of(best, 'test')} %", f"{kind}: {best.name}, with a test loss of {loss}"))
+        rows = {group.name: group for group in among}
+        means = {name: statistics.mean(group.numbers("test", main.name)) for name, group in rows.items()}
+        best = rows[main.best(means)]
+        value = measured(best, "test", main) + (" %" if main.percent else "")
+        loss = "" if main == LOSS else f", with a test loss of {spread(best.numbers('test', 'loss'), 3)}"
+        found.append((value, f"{kind}: {best.name}{loss}"))
     return found
 
 
 def _by_information(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """Rows with results by the images whose labels they were trained on."""
+    """Rows with results by the examples whose targets they were trained on."""
+    main = groups[0].words.main
     kinds = {
-        "train": "best test accuracy",
-        "train_and_val": "best with training on validation images too",
-        "val": "best with training on validation images alone",
+        "train": f"best test {main.name}",
+        "train_and_val": "best with training on the validation set too",
+        "val": "best with training on the validation set alone",
     }
     found: dict[str, list[Group]] = {}
     for group in groups:
-        if group.numbers("test", "accuracy"):
-            found.setdefault(kinds[group.runs[0].config["data"]["train_on"]], []).append(group)
+        if group.numbers("test", main.name):
+            found.setdefault(kinds[group.runs[0].config["train"]["part"]], []).append(group)
     return {kind: found[kind] for kind in kinds.values() if kind in found}
 
 
 def _facts(runs: Sequence[RecordedRun]) -> list[tuple[str, str]]:
-    data = dict.fromkeys(str(run.config["data"]["name"]) for run in runs)
-    models = dict.fromkeys(str(run.config["model"]["module"] or run.config["model"]["name"]) for run in runs)
+    data = dict.fromkeys(run.data for run in runs)
+    models = dict.fromkeys(str(run.config["model"]["name"]) for run in runs)
     total = sum(run.seconds or 0.0 for run in runs)
     return [
         ("Data", listing(data)),
@@ -111,17 +125,19 @@ def _warnings(groups: Sequence[Group]) -> list[str]:
 
 
 def _results(groups: Sequence[Group]) -> Section:
-    headers = [*HEADERS[:2], "runs", *HEADERS[2:4], "validation loss", *HEADERS[4:]]
+    words = groups[0].words
+    name, values, *measures, cost, seconds = headers_of(words)
+    headers = [name, values, "runs", *measures, "validation loss", cost, seconds]
     rows = []
     for group in groups:
-        name, values, accuracy, loss, cost, seconds = row_of(group)
+        name, values, *measures, cost, seconds = row_of(group, words)
         finished = (
             f"{len(group.finished)} of {len(group.runs)}"
             if len(group.finished) < len(group.runs)
             else str(len(group.runs))
         )
         rows.append(
-            [name, values, finished, accuracy, loss, spread(group.numbers("val", "loss"), 3), cost, seconds]
+            [name, values, finished, *measures, spread(group.numbers("val", "loss"), 3), cost, seconds]
         )
     several = any(len(group.finished) > 1 for group in groups)
     sentences = (
@@ -162,12 +178,12 @@ def _differences(groups: Sequence[Group]) -> Section | None:
 
 
 def _each_run(groups: Sequence[Group], out: Path) -> Section:
+    measures = shown_measures(groups[0].words)
     headers = (
         "run",
         "in doubt",
         "seed",
-        "test accuracy",
-        "test loss",
+        *(f"test {measure.name}" for measure in measures),
         "steps",
         "hyper steps",
         "skipped",
@@ -175,7 +191,7 @@ def _each_run(groups: Sequence[Group], out: Path) -> Section:
         "seconds",
     )
     runs = [run for group in groups for run in group.runs]
-    rows = [_run_row(run) for run in runs]
+    rows = [_run_row(run, measures) for run in runs]
     folded = f"All {len(rows)} runs" if len(rows) > MAX_ROWS else ""
     links = [_link(run, out) for run in runs]
     doubted: dict[str, list[str]] = {}
@@ -190,12 +206,11 @@ def _few(names: Sequence[str]) -> str:
     return listing(names) if len(names) < 5 else listing([*names[:3], f"{len(names) - 3} others"])
 
 
-def _run_row(run: RecordedRun) -> list[str]:
+def _run_row(run: RecordedRun, measures: Sequence[Measure]) -> list[str]:
     test = (run.summary or {}).get("test") or {}
     unfinished = "" if run.finished else " (not finished)"
     cells = [
-        percent(test.get("accuracy")),
-        fixed(test.get("loss"), 3),
+        *(measure.shown(test.get(measure.name)) for measure in measures),
         f"{run.steps:,}",
         str(len(run.hyper)),
         str(len(run.skipped)),

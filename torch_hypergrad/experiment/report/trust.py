@@ -16,14 +16,14 @@ ROUGH = 0.05  # of a linear system, unsolved
 MAX_CLIPPED = 0.5  # of the values of a setting, at the last hyper step
 
 _CALMER = {
-    "implicit": "Train longer before tuning (train.warmup), or raise method.damping.",
-    "unrolled": "Lower the learning rate of training, or look back on fewer steps (method.truncation).",
+    "Implicit": "Train longer before tuning (train.warmup), or raise method.solver.damping.",
+    "Unrolled": "Lower the learning rate of training, or look back on fewer steps (method.truncation).",
 }
 _EXACTNESS = {
-    "implicit": "No number here can tell how far training is from its optimum, "
+    "Implicit": "No number here can tell how far training is from its optimum, "
     "where alone this hypergradient is exact.",
-    "unrolled": "It is the exact derivative of the training steps that it looks back on.",
-    "forward": "It is the exact derivative of the training steps so far.",
+    "Unrolled": "It is the exact derivative of the training steps that it looks back on.",
+    "ForwardMode": "It is the exact derivative of the training steps so far.",
 }
 
 
@@ -35,15 +35,14 @@ def doubts(run: RecordedRun) -> list[str]:
 
 def trust_sentences(run: RecordedRun) -> list[str]:
     """The doubts, or that there are none, and what no number can tell."""
-    method = run.config["method"]["name"]
-    if method == "none":
+    if run.method is None:
         return ["Nothing was tuned in this run."]
     if not run.hyper and not run.skipped:
         return ["No hyper step has been taken, so there is nothing to judge."]
     found = [*doubts(run), *_not_logged(run)] or [
         f"No hyper step warned, and no number of this run is out of the ordinary.{_solved(run)}"
     ]
-    return [*found, _EXACTNESS[method]]
+    return [*found, *filter(None, [_EXACTNESS.get(run.method)])]
 
 
 def logged_warnings(run: RecordedRun) -> list[str]:
@@ -94,7 +93,7 @@ def _outlier(run: RecordedRun) -> str | None:
     return (
         f"The norm of the hypergradient rose to {number(norms[worst])} at training step {worst:,}, "
         f"{number(norms[worst] / median, 2)} times its median: a few hyper steps outweigh all others. "
-        + _CALMER.get(run.config["method"]["name"], "Lower the learning rate of training.")
+        + _CALMER.get(run.method or "", "Lower the learning rate of training.")
     )
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
 from math import prod
@@ -18,65 +14,65 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from .config import ConfigError, ModelConfig
-from .options import call_with_options, one_line
+from .config import ConfigError, Named
+from .options import make, one_line
 
-Shape = tuple[int, int, int]  # channels, height, width
+Shape = tuple[int, ...]
 
 
-def make_model(config: ModelConfig, image_shape: Shape, num_classes: int) -> nn.Module:
+def make_network(
+    model: Named, input_shape: Sequence[int], num_outputs: int, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """The network of the configuration, with initial weights from torch's global random numbers.
 
-    >>> from torch_hypergrad.experiment.config import ModelConfig
-    >>> model = make_model(ModelConfig(name="mlp", options={"hidden": [64]}), (1, 8, 8), 10)
+    >>> model = make_network({"name": "MLP", "hidden": [64]}, (1, 8, 8), 10)
     >>> [(name, tuple(param.shape)) for name, param in model.named_parameters() if param.ndim > 1]
     [('hidden.0.weight', (64, 64)), ('out.weight', (10, 64))]
 
+    Args:
+        model: its name, or the import path of an ``nn.Module``, and its options.
+        input_shape: of one input.
+        num_outputs: numbers that it gives for one input.
+        dtype: of inputs.
     Raises:
         ConfigError: options that the network does not have or refuses; a module that cannot be imported, is
-            no ``nn.Module``, or does not map such images to ``num_classes`` logits. One line.
+            no ``nn.Module``, or does not map such inputs to ``num_outputs`` numbers. One line.
     """
-    if config.module is not None:
-        model = call_with_options(_import_module(config.module), config.options, "model.options")
-        return _checked(model, config.module, image_shape, num_classes)
-    return call_with_options(
-        NETWORKS[config.name],
-        config.options,
-        "model.options",
-        image_shape,
-        num_classes,
-        skip=("image_shape", "num_classes"),
-    )
+    shape = tuple(input_shape)
+    if model.get("name") in NETWORKS:
+        skip = ("input_shape", "num_outputs")
+        return make(model, NETWORKS, nn.Module, "model", shape, num_outputs, skip=skip)
+    return _checked(make(model, NETWORKS, nn.Module, "model"), str(model["name"]), shape, num_outputs, dtype)
 
 
 # ---- networks ----------------------------------------------------------------------------------------------
 
 
-def linear(image_shape: Shape, num_classes: int) -> nn.Module:
-    """Softmax regression on the pixels."""
-    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), out=nn.Linear(prod(image_shape), num_classes)))
+def linear(input_shape: Shape, num_outputs: int) -> nn.Module:
+    """One linear layer on the numbers of an input."""
+    return nn.Sequential(OrderedDict(flatten=nn.Flatten(), out=nn.Linear(prod(input_shape), num_outputs)))
 
 
 class MLP(nn.Module):
     """Fully connected layers with ReLU.
 
     Args:
-        image_shape: channels, height and width
-        num_classes: number of logits
+        input_shape: of one input, which is flattened
+        num_outputs: number of outputs
         hidden: units of each hidden layer
         dropout: this share of the units of each hidden layer is dropped in training
     """
 
     def __init__(
-        self, image_shape: Shape, num_classes: int, hidden: Sequence[int] = (256,), dropout: float = 0.0
+        self, input_shape: Shape, num_outputs: int, hidden: Sequence[int] = (256,), dropout: float = 0.0
     ) -> None:
         super().__init__()
         if not all(units >= 1 for units in hidden):
             raise ValueError("hidden layers need at least 1 unit")
-        sizes = [prod(image_shape), *hidden]
+        sizes = [prod(input_shape), *hidden]
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
         self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(sizes[-1], num_classes)
+        self.out = nn.Linear(sizes[-1], num_outputs)
 
     def forward(self, images: Tensor) -> Tensor:
         units = images.flatten(1)
@@ -89,22 +85,22 @@ class CNN(nn.Module):
     """Three 3x3 convolutions with ReLU, each followed by a pooling that halves the image, and a linear layer.
 
     Args:
-        image_shape: channels, height and width
-        num_classes: number of logits
+        input_shape: channels, height and width
+        num_outputs: number of logits
         width: channels of the first convolution; the others have twice as many
         dropout: this share of the inputs of the linear layer is dropped in training
     """
 
-    def __init__(self, image_shape: Shape, num_classes: int, width: int = 32, dropout: float = 0.0) -> None:
+    def __init__(self, input_shape: Shape, num_outputs: int, width: int = 32, dropout: float = 0.0) -> None:
         super().__init__()
         if width < 1:
             raise ValueError("width must be at least 1")
-        channels, height, breadth = image_shape
+        channels, height, breadth = _image(input_shape)
         sizes = [channels, width, 2 * width, 2 * width]
         self.convs = nn.ModuleList(nn.Conv2d(*pair, 3, padding=1) for pair in pairwise(sizes))
         self.pool = nn.MaxPool2d(2, ceil_mode=True)  # rounding up, small images never vanish
         self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(sizes[-1] * -(-height // 8) * -(-breadth // 8), num_classes)
+        self.out = nn.Linear(sizes[-1] * -(-height // 8) * -(-breadth // 8), num_outputs)
 
     def forward(self, images: Tensor) -> Tensor:
         for conv in self.convs:
@@ -112,79 +108,91 @@ class CNN(nn.Module):
         return self.out(self.dropout(images.flatten(1)))
 
 
-def resnet18(image_shape: Shape, num_classes: int, norm: Literal["batch", "group"] = "batch") -> nn.Module:
+def resnet18(input_shape: Shape, num_outputs: int, norm: Literal["batch", "group"] = "batch") -> nn.Module:
     """torchvision's ResNet-18 (He et al. 2016) with the stem for small pictures: 3x3, stride 1, no pooling.
 
     Args:
-        image_shape: channels, height and width
-        num_classes: number of logits
+        input_shape: channels, height and width
+        num_outputs: number of logits
         norm: group is GroupNorm of 32 groups, the same in training and testing
     """
+    channels, _, _ = _image(input_shape)
     layer = nn.BatchNorm2d if norm == "batch" else partial(nn.GroupNorm, 32)
-    model = torchvision.models.resnet18(num_classes=num_classes, norm_layer=layer)
-    model.conv1 = nn.Conv2d(image_shape[0], 64, 3, padding=1, bias=False)
+    model = torchvision.models.resnet18(num_classes=num_outputs, norm_layer=layer)
+    model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
     return model
 
 
+class ByteMLP(nn.Module):
+    """A neural language model after Bengio et al. 2003: the last bytes as vectors, one hidden layer, and the
+    next byte.
+
+    Args:
+        input_shape: how many bytes it looks back on
+        num_outputs: 256
+        embedding: numbers that stand for a byte
+        hidden: units of the hidden layer
+        dropout: this share of the hidden units is dropped in training
+    """
+
+    def __init__(
+        self,
+        input_shape: Shape,
+        num_outputs: int,
+        embedding: int = 24,
+        hidden: int = 128,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if len(input_shape) != 1:
+            raise ValueError(f"it takes a row of bytes, got inputs of shape {tuple(input_shape)}")
+        if min(embedding, hidden) < 1:
+            raise ValueError("embedding and hidden must be at least 1")
+        self.embedding = nn.Embedding(256, embedding)
+        self.hidden = nn.Linear(input_shape[0] * embedding, hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(hidden, num_outputs)
+
+    def forward(self, context: Tensor) -> Tensor:
+        units = torch.tanh(self.hidden(self.embedding(context).flatten(1)))
+        return self.out(self.dropout(units))
+
+
+def _image(input_shape: Shape) -> Shape:
+    if len(input_shape) != 3:
+        raise ValueError(
+            f"it takes images (channels, height, width), got inputs of shape {tuple(input_shape)}"
+        )
+    return input_shape
+
+
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "linear": linear,
-    "mlp": MLP,
-    "cnn": CNN,
-    "resnet18": resnet18,
+    "Linear": linear,
+    "MLP": MLP,
+    "CNN": CNN,
+    "ResNet18": resnet18,
+    "ByteMLP": ByteMLP,
 }
 
 
-# ---- networks of one's own ---------------------------------------------------------------------------------
-
-
-def _import_module(path: str) -> type[nn.Module]:
-    """The class at ``package.Class``, where the package may lie in the current folder."""
-    package, _, name = path.rpartition(".")
-    if not package or not name:
-        raise ConfigError(
-            f"model.module: got {path!r}, expected package.Class, such as my_net.MyNet for my_net.py."
-        )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as of a script that is run there
-    try:
-        imported = importlib.import_module(package)
-    except Exception as error:  # whatever the user's code raises
-        remedy = (
-            f" Run where {package} can be imported, or install it."
-            if isinstance(error, ModuleNotFoundError)
-            else ""
-        )
-        message = f"importing {package} failed ({type(error).__name__}: {one_line(error)})."
-        raise ConfigError(f"model.module: {message}{remedy}") from error
-    if not hasattr(imported, name):
-        near = get_close_matches(name, dir(imported), n=1)
-        raise ConfigError(
-            f"model.module: {package} has no {name}.{f' Did you mean {near[0]}?' if near else ''}"
-        )
-    found = getattr(imported, name)
-    if not isinstance(found, type) or not issubclass(found, nn.Module):
-        raise ConfigError(
-            f"model.module: {path} is no class of networks. Make it a subclass of torch.nn.Module."
-        )
-    return found
-
-
 @torch.no_grad()
-def _checked(model: nn.Module, path: str, image_shape: Shape, num_classes: int) -> nn.Module:
-    """Tries the network on two black images, which also gives lazy layers their shapes."""
-    shape, training = (2, *image_shape), model.training
+def _checked(
+    model: nn.Module, path: str, input_shape: tuple[int, ...], num_outputs: int, dtype: torch.dtype
+) -> nn.Module:
+    """Tries the network on two inputs of zeros, which also gives lazy layers their shapes."""
+    shape, training = (2, *input_shape), model.training
     try:
-        out = model.eval()(torch.zeros(shape))
+        out = model.eval()(torch.zeros(shape, dtype=dtype))
     except Exception as error:  # whatever the user's code raises
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise ConfigError(f"model.module: {path} fails on images of shape {shape} ({reason}).") from error
+        raise ConfigError(f"model: {path} fails on inputs of shape {shape} ({reason}).") from error
     found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-    if found != (2, num_classes):
+    if found != (2, num_outputs):
         raise ConfigError(
-            f"model.module: {path} gives {found} for images of shape {shape}, expected {(2, num_classes)}, "
-            "one logit for each class. See model.options."
+            f"model: {path} gives {found} for inputs of shape {shape}, expected {(2, num_outputs)}. See the "
+            "arguments of model."
         )
     return model.train(training)
 
