@@ -18,7 +18,7 @@ from torchvision.datasets import CIFAR10
 
 from image_data import Data, Images, images_of, load_images
 from torch_hypergrad.experiment.config import ConfigError
-from torch_hypergrad.experiment.tasks import ImageClassification, images, pictures
+from torch_hypergrad.experiment.tasks import ImageClassification, images
 from torch_hypergrad.experiment.tasks.pictures import Decoded, Source
 
 

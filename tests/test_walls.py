@@ -217,8 +217,8 @@ def test_every_level_is_a_module():
         (("search", "cost"), "from .study import create_study"),
         (("search", "names"), "from .storage import make_storage"),
         (("step", "update"), "from ..experiment.config import Config"),
-        (("experiment", "data"), "from .loop import Run"),
-        (("experiment", "models"), "from .datasets import read_source"),
+        (("experiment", "tasks", "images"), "from .loop import Run"),
+        (("experiment", "tasks", "pictures"), "from .images import pixels"),
         (("experiment", "report", "curves"), "from ..loop import Run"),
     ],
 )

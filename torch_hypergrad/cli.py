@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from . import __version__
 from .experiment.config import ConfigError
-from .experiment.parsing import Request, add_config, as_yaml, config_of, help_of_class, parse
+from .experiment.parsing import Request, add_config, as_yaml, class_asked_for, config_of, parse
 from .experiment.stopping import TrainingError
 
 OK, FAILED, REFUSED, UNTUNED = 0, 1, 2, 3
@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, commands = _parser()
     try:
         configured = commands[argv[0]] if argv and argv[0] in CONFIGURED else None
-        if configured is not None and help_of_class(argv):
-            return OK
+        if configured is not None and (asked := class_asked_for(argv)) is not None:
+            return _class_help(*asked)
         request = parse(parser, argv, configured)
         command = request.arguments.command
         return COMMANDS[command](request, request.arguments[command])
@@ -115,6 +115,13 @@ USAGE = {
 
 
 CONFIGURED = ("train", "compare")  # which take the keys of a configuration
+
+
+def _class_help(section: str, name: str) -> int:
+    from .experiment.catalog import arguments_of  # knows all classes, and with them torch
+
+    print(arguments_of(section, name))
+    return OK
 
 
 def _train(request: Request, arguments: Namespace) -> int:

@@ -104,20 +104,12 @@ def as_yaml(config: Config) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
-def help_of_class(argv: Sequence[str]) -> bool:
-    """Prints the arguments of a named class for ``--method.help Implicit``, if this is asked for.
-
-    Raises:
-        ConfigError: for a class that does not exist.
-    """
-    asked = [(place, word) for place, word in enumerate(argv) if HELP.fullmatch(word)]
-    if not asked:
-        return False
-    from .catalog import arguments_of  # knows all classes, and with them torch
-
-    place, word = asked[0]
-    print(arguments_of(word[2:].removesuffix(".help"), "".join(argv[place + 1 : place + 2])))
-    return True
+def class_asked_for(argv: Sequence[str]) -> tuple[str, str] | None:
+    """Section and name in ``--method.help Implicit``; the name is empty where there is none."""
+    for place, word in enumerate(argv):
+        if HELP.fullmatch(word):
+            return word[2:].removesuffix(".help"), "".join(argv[place + 1 : place + 2])
+    return None
 
 
 HELP = re.compile(rf"--({'|'.join(NAMED)})(\.\w+)*\.help")
