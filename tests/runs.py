@@ -18,7 +18,8 @@ SURROUNDINGS = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1
 # Everything random and every kind of state at once: dropout, flips, momentum, a scheduler, label noise,
 # batches, and a trajectory with few snapshots that is open at most checkpoints.
 UNROLLED = """
-task: {name: ImageClassification, train_size: 60, val_size: 40, test_size: 50, label_noise: 0.2, augment: flip}
+task: {name: ImageClassification, train_size: 60, val_size: 40, test_size: 50, \
+label_noise: 0.2, augment: flip}
 model: {name: CNN, width: 4, dropout: 0.2}
 optimizer: {name: Adam, lr: 0.003, eps: 1.0e-4}
 scheduler: {name: CosineAnnealingLR, T_max: 100}

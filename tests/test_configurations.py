@@ -204,7 +204,7 @@ def test_help_shows_every_key_with_type_default_and_meaning(
             ["--model", "torch.nn.Linear", "--model.in_features=3", "--model.out_features=10"],
             "fails on inputs of shape",
         ),
-        (["--compare.low=0"], "0 < compare.low < compare.high"),
+        (["--compare.grid_points=0"], "compare.grid_points must be at least 1"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -276,7 +276,9 @@ def test_a_bad_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
         (["resume", "nowhere"], "nowhere is no folder of a run"),
         (["report", "nowhere"], "nowhere"),
         (["compare", "--seeds=0"], "--seeds and --jobs must be at least 1"),
-        (["compare", "--compare.setting=wait_decay"], "compare.setting=wait_decay"),
+        (["compare", "--compare.space={optimizer.wait_decay: [0, 1]}"], "SGD has no wait_decay"),
+        (["compare", "--compare.samplers=[grd]"], "Did you mean 'grid'?"),
+        (["compare", "--compare.grid_points=1"], "at least 2 points"),
         (["compare", "--method=null", "--tune={}"], "needs a configuration that tunes"),
     ],
 )
@@ -452,6 +454,12 @@ OLD = {
     "method: {name: unrolled, max_graphs: 2}": {"method": {"name": "Unrolled", "max_graphs": 2}},
     "method: {name: forward}": {"method": {"name": "ForwardMode"}},
     "method: {name: none}": {"method": None},
+    "compare: {setting: lr, high: 2, grid_size: 7}": {
+        "compare": {
+            "space": {"optimizer.lr": {"type": "float", "low": 1e-5, "high": 2, "log": True}},
+            "grid_points": 7,
+        }
+    },
 }
 
 

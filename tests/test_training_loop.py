@@ -339,7 +339,8 @@ def test_tensorboard_holds_the_metrics(tmp_path: Path) -> None:
     )
 
 
-COMPARE = ["--compare.low=1e-4", "--compare.high=1", "--compare.grid_size=3", "--seeds=2"]
+SPACE = "{optimizer.weight_decay: {type: float, low: 1e-4, high: 1, log: true}}"
+COMPARE = [f"--compare.space={SPACE}", "--compare.grid_points=3", "--seeds=2"]
 
 
 @pytest.fixture(scope="module")
@@ -391,15 +392,17 @@ def test_compare_trains_every_rival_for_every_seed(compared: Any) -> None:
 def test_a_search_costs_all_its_trials_and_takes_the_least_validation_loss(compared: Any) -> None:
     folder, _, _ = compared
     for row in ("best of a grid", "best of a random search"):
-        trials = [summary_of(trial) for trial in sorted((folder / "trials" / row / "seed-1").iterdir())]
+        trials = [
+            summary_of(trial.parent) for trial in (folder / "trials" / row / "seed-1").glob("*/summary.json")
+        ]
         chosen = summary_of(folder / row / "seed-1")
         assert chosen["cost"] == sum(trial["cost"] for trial in trials) == 40 * len(trials)
         assert chosen["val"]["loss"] == min(trial["val"]["loss"] for trial in trials)
     tuned = summary_of(folder / "tuned by hypergradients" / "seed-1")
     assert len(trials) == round(tuned["cost"] / 40), "a random search of equal cost"
     values = [
-        float(trial.name.split("=")[1])
-        for trial in (folder / "trials" / "best of a grid" / "seed-1").iterdir()
+        yaml.safe_load(file.read_text())["optimizer"]["weight_decay"]
+        for file in (folder / "trials" / "best of a grid" / "seed-1").glob("*/config.yaml")
     ]
     assert sorted(values) == pytest.approx([1e-4, 1e-2, 1])
 

@@ -80,7 +80,8 @@ EXPERIMENT_ORDER = (
     ("results", "trained"),
     ("loop",),
     ("start",),
-    ("compare",),
+    ("study", "workers"),
+    ("compare", "search"),
 )
 TASKS_ORDER = (("base", "splits"), ("pictures",), ("images", "tabular", "text"))
 EXPERIMENT_LEVEL = {name: level for level, names in enumerate(EXPERIMENT_ORDER) for name in names}
@@ -167,7 +168,7 @@ def complaint_in_experiment(module: tuple[str, ...], imported: tuple[str, ...]) 
         level = {name: level for level, names in enumerate(TASKS_ORDER) for name in names}
         lower = level.get(imported[1], TOP) < level.get(module[1], TOP)
         return None if lower else "is no lower than the importing module in the order of tasks"
-    if EXPERIMENT_LEVEL.get(other, TOP) < EXPERIMENT_LEVEL[own]:
+    if other == "report" or EXPERIMENT_LEVEL.get(other, TOP) < EXPERIMENT_LEVEL[own]:
         return None
     return (
         f"is on level {EXPERIMENT_LEVEL.get(other, 'none')} "

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -85,6 +86,8 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     commands["predict"].add_argument(
         "files", type=Path, nargs="+", help="pictures, tables or texts, as the run has"
     )
+    for flag, (kind, default, meaning) in SEARCH_FLAGS.items():
+        commands["search"].add_argument(flag, type=kind, default=default, help=meaning)
     commands["compare"].add_argument(
         "--seeds", type=int, default=3, help="how many seeds, from train.seed on"
     )
@@ -97,10 +100,18 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     return parser, commands
 
 
+SEARCH_FLAGS: dict[str, tuple[Any, Any, str]] = {
+    "--sampler": (str, "tpe", "tpe, random, grid, gp, cmaes, nsga2 or another of torch_hypergrad.search"),
+    "--trials": (int, 20, "how many runs"),
+    "--pruner": (str, "none", "none, median, percentile, asha or hyperband: gives up runs that lag behind"),
+    "--storage": (str | None, None, "URL of the study, for others to join. null is a file in its folder"),
+    "--workers": (int, 1, "how many runs at a time, each a process"),
+}
 DESCRIPTIONS = {
     "train": "Trains by a configuration, tunes while training, and writes a report.",
     "resume": "Goes on with a run that was stopped, killed or lost; the result is bitwise the same on a CPU.",
     "report": "Writes the report of a run, or compares several.",
+    "search": "Trains many runs, and searches what space names; hypergradients tune the rest.",
     "compare": "Trains the same model with fixed, searched and tuned hyperparameters, "
     "and compares them on the test set.",
     "predict": "Prints what the network of a finished run says of files.",
@@ -109,12 +120,14 @@ USAGE = {
     "train": "train [--config FILE] [--KEY VALUE ...]",
     "resume": "resume RUN_DIR | --last",
     "report": "report RUN_DIR [RUN_DIR ...] [--out FOLDER]",
+    "search": "search [--config FILE] [--KEY VALUE ...] [--sampler NAME] [--trials N] [--pruner NAME] "
+    "[--storage URL] [--workers N]",
     "compare": "compare [--config FILE] [--KEY VALUE ...] [--seeds N] [--jobs N]",
     "predict": "predict RUN_DIR FILE [FILE ...]",
 }
 
 
-CONFIGURED = ("train", "compare")  # which take the keys of a configuration
+CONFIGURED = ("train", "search", "compare")  # which take the keys of a configuration
 
 
 def _class_help(section: str, name: str) -> int:
@@ -168,6 +181,33 @@ def _compare(request: Request, arguments: Namespace) -> int:
     return _show(runs, folder / "report")
 
 
+def _search(request: Request, arguments: Namespace) -> int:
+    from .experiment.search import report_of_study, search, table_of_study
+    from .experiment.start import folder_of
+    from .experiment.study import Search
+
+    _keep_freed_memory()
+    config, name = config_of(request.content), _name(request)
+    folder = folder_of(config, f"search-{name}")
+    study = Search(
+        config,
+        config.space,
+        folder,
+        sampler=arguments.sampler,
+        pruner=arguments.pruner,
+        num_trials=arguments.trials,
+        storage=arguments.storage,
+        name=name,
+    )
+    stopped_by = search(study, arguments.workers)
+    print(f"\n{table_of_study(study)}\n\nReport: {report_of_study(study)}", flush=True)
+    if stopped_by is not None:
+        return _say(
+            f"Stopped. Go on with the same command and --output.folder {folder}", STOPPED + stopped_by
+        )
+    return OK
+
+
 def _predict(request: Request, arguments: Namespace) -> int:
     from .experiment.trained import load_run
 
@@ -180,6 +220,7 @@ COMMANDS: dict[str, Callable[[Request, Namespace], int]] = {
     "train": _train,
     "resume": _resume,
     "report": _report,
+    "search": _search,
     "compare": _compare,
     "predict": _predict,
 }

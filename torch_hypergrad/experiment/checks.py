@@ -14,7 +14,7 @@ LOSS_TENSORS = ("example_weights", "augmentation")  # which have a shape of thei
 AT_LEAST_ONE = {
     "train": ("steps", "epochs", "episodes", "batch_size", "hyper_every", "val_batch_size", "threads"),
     "output": ("log_every", "eval_every", "eval_size", "checkpoint_every", "keep_checkpoints"),
-    "compare": ("grid_size",),
+    "compare": ("grid_points",),
 }
 
 
@@ -36,7 +36,7 @@ def _reasons(config: Config) -> Iterator[str]:
     yield from _method(config)
     yield from _tune(config)
     yield from _hyper_steps(config)
-    yield from _rivals(config)
+    yield from _parts(config)
 
 
 def _nulls(section: Any, path: str = "") -> Iterator[str]:
@@ -158,15 +158,9 @@ def _hyper_steps(config: Config) -> Iterator[str]:
         )
 
 
-def _rivals(config: Config) -> Iterator[str]:
+def _parts(config: Config) -> Iterator[str]:
     if config.train.part != "train" and config.method is not None:
         yield (
             f"train.part={config.train.part} with method={config.method['name']}: tuning on examples that "
             "are trained on overfits them. Set train.part=train, or method to null and an empty tune."
         )
-    compare = config.compare
-    if not compare.low < compare.high or (compare.log and compare.low <= 0):
-        least = (
-            "0 < compare.low < compare.high on a log scale" if compare.log else "compare.low < compare.high"
-        )
-        yield f"The grid needs {least}, got compare.low={compare.low} and compare.high={compare.high}."

@@ -98,21 +98,21 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """The rivals of the command compare: a grid and a random search over one value for the whole model.
+    """The rivals of the command compare: searches over one value, or some, for the whole model.
 
     Args:
-        setting: the setting of the optimizer that they search
-        low: the least value that is tried
-        high: the greatest value that is tried
-        log: space and draw values on a log scale
-        grid_size: values of the grid
+        space: what they search, by keys of the configuration, written as the key space
+        samplers: each is a search that costs what the tuned run costs; a grid costs what its points do
+        grid_points: values of each range in a grid
     """
 
-    setting: str = "weight_decay"
-    low: float = 1e-5
-    high: float = 1e-1
-    log: bool = True
-    grid_size: int = 5
+    space: dict[str, Any] = field(
+        default_factory=lambda: {
+            "optimizer.weight_decay": {"type": "float", "low": 1e-5, "high": 1e-1, "log": True}
+        }
+    )
+    samplers: list[str] = field(default_factory=lambda: ["grid", "random"])
+    grid_points: int = 5
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,9 @@ class Config:
             Unrolled or ForwardMode for what shapes the way (lr, momentum, betas, schedules). null trains
             without tuning
         hyper_optimizer: of the hyperparameters: a class of torch.optim
+        space: what the command search chooses, by keys of the configuration: a list of choices, or a range
+            such as {type: float, low: 1e-4, high: 1, log: true}; types are float and int. What is under tune
+            is tuned by hypergradients inside each trial
     """
 
     task: Named = field(default_factory=lambda: {"name": "ImageClassification", "data": "digits"})
@@ -146,6 +149,7 @@ class Config:
     tune: dict[str, Tune] = field(default_factory=dict)
     method: Named | None = field(default_factory=lambda: {"name": "Implicit", "solver": {"name": "Neumann"}})
     hyper_optimizer: Named = field(default_factory=lambda: {"name": "Adam", "lr": 0.1, "betas": [0.5, 0.9]})
+    space: dict[str, Any] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)

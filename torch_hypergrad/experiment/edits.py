@@ -9,7 +9,7 @@ from .config import ConfigError
 
 Change = tuple[Any, Any]
 
-FREE = ("output.", "compare.", "train.threads")  # what is written, and how fast
+FREE = ("output.", "compare.", "space", "train.threads")  # what is written, and how fast
 NOTHING = "nothing"
 
 

@@ -15,7 +15,8 @@ ANY = "*"  # a name that the user chooses, or one that only the named class know
 def _schema(kind: type) -> dict[str, Any]:
     """Sections as dicts of keys, other keys as None."""
     hints = get_type_hints(kind)
-    special = {"tune": {ANY: {f.name: None for f in fields(Tune)}}, **{name: {ANY: None} for name in NAMED}}
+    special: dict[str, Any] = {"tune": {ANY: {f.name: None for f in fields(Tune)}}, "space": {ANY: None}}
+    special |= {name: {ANY: None} for name in NAMED}
     sections = {f.name: _schema(hints[f.name]) for f in fields(kind) if is_dataclass(hints[f.name])}
     return {f.name: sections.get(f.name, special.get(f.name)) for f in fields(kind)}
 

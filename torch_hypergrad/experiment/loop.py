@@ -27,6 +27,9 @@ from .stopping import StopRequest, TrainingError
 REMEDY = "Lower the learning rate, or set train.clip_norm."
 
 
+Watch = Callable[[int, float, float], None]
+
+
 @dataclass
 class Progress:
     """Where a run is, apart from the weights."""
@@ -61,10 +64,11 @@ class Run:
         config: the configuration, checked.
         parts: what :func:`build` made of it.
         folder: an existing run folder.
+        watch: is told of each evaluation: step, validation loss and cost so far.
     """
 
-    def __init__(self, config: Config, parts: Parts, folder: RunFolder) -> None:
-        self.config, self.parts, self.folder = config, parts, folder
+    def __init__(self, config: Config, parts: Parts, folder: RunFolder, watch: Watch | None = None) -> None:
+        self.config, self.parts, self.folder, self._watch = config, parts, folder, watch
         self.progress = Progress()
         self.total = parts.steps * config.train.episodes
         self._eval_every = config.output.eval_every or max(1, self.total // 50)
@@ -202,6 +206,8 @@ class Run:
         self._metrics.log({**row, "train": train, "val": val})
         self._losses.update(train=train["loss"], val=val["loss"])
         self._show(bar)
+        if self._watch is not None:
+            self._watch(self.progress.step, val["loss"], self.progress.cost)
 
     def _show(self, bar: tqdm) -> None:
         losses = {f"{name} loss": f"{loss:.4f}" for name, loss in self._losses.items()}

@@ -21,7 +21,12 @@ DEFAULTS = {"optimizer": "SGD", "hyper_optimizer": "Adam", "model": "mlp"}
 
 def is_old(content: Mapping[str, Any]) -> bool:
     """Whether any section is spelled as it was."""
-    return "data" in content or any(_is_old_section(content.get(name)) for name in NAMED)
+    compare = content.get("compare")
+    return (
+        _is_old_compare(compare)
+        or "data" in content
+        or any(_is_old_section(content.get(name)) for name in NAMED)
+    )
 
 
 def today(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,6 +57,8 @@ def modern(content: Mapping[str, Any]) -> dict[str, Any]:
         new["scheduler"] = _with_options(scheduler, None) if scheduler.get("name") else None
     if _is_old_section(new.get("method")):
         new["method"] = _method(new["method"])
+    if _is_old_compare(new.get("compare")):
+        new["compare"] = _compare(new["compare"])
     return new | ({"train": train} if isinstance(new.get("train", {}), Mapping) and train else {})
 
 
@@ -69,6 +76,20 @@ def _with_options(section: Mapping[str, Any], default: str | None) -> Named:
     if isinstance(others.get("options"), (Mapping, type(None))):
         others |= others.pop("options", None) or {}
     return {"name": NETWORKS.get(str(name), name), **others}
+
+
+OLD_COMPARE = {"setting": "weight_decay", "low": 1e-5, "high": 1e-1, "log": True, "grid_size": 5}
+
+
+def _is_old_compare(section: Any) -> bool:
+    return isinstance(section, Mapping) and any(key in section for key in OLD_COMPARE)
+
+
+def _compare(section: Mapping[str, Any]) -> dict[str, Any]:
+    others = {key: value for key, value in section.items() if key not in OLD_COMPARE}
+    old = {**OLD_COMPARE, **section}
+    values = {"type": "float", **{key: old[key] for key in ("low", "high", "log")}}
+    return {**others, "space": {f"optimizer.{old['setting']}": values}, "grid_points": old["grid_size"]}
 
 
 def _method(section: Mapping[str, Any]) -> Named | None:

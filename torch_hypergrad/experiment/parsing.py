@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -88,6 +89,20 @@ def config_of(content: Mapping[str, Any]) -> Config:
     return config
 
 
+def config_with(content: Mapping[str, Any], settings: Mapping[str, Any]) -> Config:
+    """The configuration with other values of some keys, by their paths.
+
+    Raises:
+        ConfigError: for keys and values that are none.
+    """
+    changed = copy.deepcopy(dict(content))
+    for key, value in settings.items():
+        given = _nested(key.split("."), value)
+        check_content(given, "in the space")
+        lay_over(changed, given)
+    return config_of(changed)
+
+
 def read_config(path: Path) -> Config:
     """The checked configuration in a YAML file.
 
@@ -155,8 +170,9 @@ def _take_config(
         else:
             given, where = _nested(path, _value(value, flag)), "on the command line"
         check_content(given, where)
-        if "tune" in given and len(path) == 1:
-            content.pop("tune", None)  # all of it is given anew
+        for section in {"tune", "space"} & set(given):
+            if len(path) == 1:
+                content.pop(section, None)  # all of it is given anew
         lay_over(content, given)
     return rest
 
@@ -175,6 +191,8 @@ def _check_spelling(path: Sequence[str]) -> None:
 
 
 def _nested(path: list[str], value: Any) -> dict[str, Any]:
+    if path[0] == "space" and len(path) > 1:
+        return {"space": {".".join(path[1:]): value}}
     if path[0] == "tune" and len(path) > 2:  # names of settings may hold dots
         last = [path[-1]] if len(path) > 3 or path[-1] in TUNE_KEYS else path[2:]
         name = ".".join(path[1 : -1 if last else None])

@@ -15,7 +15,7 @@ import torch
 from .build import build
 from .config import Config, ConfigError
 from .edits import told
-from .loop import Run
+from .loop import Run, Watch
 from .options import one_line
 from .parsing import read_config
 from .run_folder import RunFolder
@@ -69,9 +69,15 @@ def last_run() -> Path:
 
 
 def run_in(
-    config: Config, folder: RunFolder, stop: StopRequest, quiet: bool = False, new: bool = False
+    config: Config,
+    folder: RunFolder,
+    stop: StopRequest,
+    quiet: bool = False,
+    new: bool = False,
+    watch: Watch | None = None,
 ) -> bool:
     """Begins a run in its folder, or goes on with the one that is there, to its end or until it is stopped.
+    What ``watch`` raises at an evaluation ends it, too.
 
     Returns:
         Whether it is finished.
@@ -95,7 +101,7 @@ def run_in(
                 return True
             begun = folder.config_file.exists()
             folder.create(config)
-            run = Run(config, parts, folder)
+            run = Run(config, parts, folder, watch)
             if begun:
                 _go_on(run)
             if not quiet:

@@ -85,8 +85,12 @@ def _augmentation(run: RecordedRun) -> Section | None:
 
 def _own(run: RecordedRun) -> Section | None:
     """The pictures that the task drew itself."""
-    found = [Picture.read(run.folder / entry["file"], entry["caption"]) for entry in run.pictures]
-    pictures = _drawn(*found)
+    files = {run.folder / entry["file"]: entry["caption"] for entry in run.pictures}
+    pictures = [
+        Picture.of(f"task_{file.stem}", caption, file.read_bytes())
+        for file, caption in files.items()
+        if file.is_file()
+    ]
     return Section("Pictures of the task", (), pictures) if pictures else None
 
 

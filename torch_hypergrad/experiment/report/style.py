@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
@@ -67,14 +66,9 @@ class Picture:
     width: int  # on the page, in CSS pixels: letters are of the same size on all pictures
 
     @classmethod
-    def read(cls, file: Path, caption: str) -> Picture | None:
-        """One that a task drew; None if the file is not there."""
-        try:
-            png = file.read_bytes()
-            width = round(96 / DPI * int.from_bytes(png[16:20], "big"))  # as PNG's header has it
-        except OSError:
-            return None
-        return cls(f"task_{file.stem}", caption, caption, png, width)
+    def of(cls, name: str, caption: str, png: bytes) -> Picture:
+        """One that was drawn elsewhere, as wide as its PNG says."""
+        return cls(name, caption, caption, png, round(96 / DPI * int.from_bytes(png[16:20], "big")))
 
 
 @contextmanager
