@@ -3,7 +3,7 @@ PYTHON ?= python
 SUITE ?= targets small
 OUT ?= docs/results/bench.md
 
-.PHONY: setup test slow lint matrix bench solvers cuda
+.PHONY: setup test slow lint docs matrix bench solvers cuda
 
 setup:   ## install for development
 	$(PYTHON) -m pip install -e ".[dev]"
@@ -18,6 +18,10 @@ lint:    ## style and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+docs:    ## the site, into site/, with its notebooks run; REPO_URL=https://... leads to files outside docs/
+	$(PYTHON) -m pytest -q -n 0 tests/test_site.py
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 matrix:  ## every update rule x setting x granularity against finite differences
 	$(PYTHON) tests/test_matrix.py

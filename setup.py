@@ -11,6 +11,21 @@ search = ["optuna>=4.9", "cmaes>=0.10"]
 examples = ["arch>=7", *search]
 test = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", *examples]
 bench = ["torchopt>=0.7.3"]
+docs = [
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.7",
+    "mkdocstrings-python>=2",
+    "jupytext>=1.16",
+    "nbconvert>=7.16",
+    "nbclient>=0.10",
+    "ipykernel>=6.29",
+    "latex2mathml>=3.77",
+    "ruff>=0.6",
+    "matplotlib>=3.8",
+    "scikit-learn>=1.4",
+    "tabulate>=0.9",
+    *search,
+]
 
 setup(
     name="torch-hypergrad",
@@ -46,6 +61,7 @@ setup(
         "examples": examples,
         "test": test,
         "bench": bench,
-        "dev": [*test, *bench, "ruff>=0.6", "mypy>=1.11"],
+        "docs": docs,
+        "dev": [*test, *bench, *docs, "ruff>=0.6", "mypy>=1.11"],
     },
 )

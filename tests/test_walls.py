@@ -72,8 +72,8 @@ INNER_ORDER = {
 # The same inside the user's layer. A report reads the files of runs, and knows nothing of what wrote them.
 EXPERIMENT_ORDER = (
     ("config",),
-    ("checks", "edits", "keys", "old", "options", "order", "plain", "stopping"),
-    ("networks", "parsing"),
+    ("checks", "edits", "keys", "loopback", "old", "options", "order", "plain", "stopping"),
+    ("networks", "parsing", "view"),
     ("run_folder", "tasks"),
     ("catalog", "metrics", "objective"),
     ("build",),

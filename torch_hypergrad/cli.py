@@ -1,4 +1,4 @@
-"""The command line: ``torch-hypergrad train | resume | report | compare | predict``."""
+"""The command line: ``torch-hypergrad train | resume | report | view | compare | predict``."""
 
 from __future__ import annotations
 
@@ -82,6 +82,10 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         "run_dirs", type=Path, nargs="+", help="folders of runs; several are compared"
     )
     commands["report"].add_argument("--out", type=Path | None, default=None, help="folder of the report")
+    commands["view"].add_argument(
+        "run_dirs", type=Path, nargs="+", help="folders of runs; several are compared"
+    )
+    commands["view"].add_argument("--port", type=int, default=8765, help="of 127.0.0.1; 0 takes a free one")
     commands["predict"].add_argument("run_dir", type=Path, help="the folder of a finished run")
     commands["predict"].add_argument(
         "files", type=Path, nargs="+", help="pictures, tables or texts, as the run has"
@@ -112,6 +116,7 @@ DESCRIPTIONS = {
     "resume": "Goes on with a run that was stopped, killed or lost; the result is bitwise the same on a CPU.",
     "report": "Writes the report of a run, or compares several.",
     "search": "Trains many runs, and searches what space names; hypergradients tune the rest.",
+    "view": "Shows the report of a run in the browser, renewed while training goes on.",
     "compare": "Trains the same model with fixed, searched and tuned hyperparameters, "
     "and compares them on the test set.",
     "predict": "Prints what the network of a finished run says of files.",
@@ -122,6 +127,7 @@ USAGE = {
     "report": "report RUN_DIR [RUN_DIR ...] [--out FOLDER]",
     "search": "search [--config FILE] [--KEY VALUE ...] [--sampler NAME] [--trials N] [--pruner NAME] "
     "[--storage URL] [--workers N]",
+    "view": "view RUN_DIR [RUN_DIR ...] [--port N]",
     "compare": "compare [--config FILE] [--KEY VALUE ...] [--seeds N] [--jobs N]",
     "predict": "predict RUN_DIR FILE [FILE ...]",
 }
@@ -165,6 +171,18 @@ def _resume(request: Request, arguments: Namespace) -> int:
 def _report(request: Request, arguments: Namespace) -> int:
     out = arguments.out and arguments.out.expanduser()
     return _show([folder.expanduser() for folder in arguments.run_dirs], out)
+
+
+def _view(request: Request, arguments: Namespace) -> int:
+    from .experiment.view import WriteReport, view
+
+    def load() -> WriteReport:
+        from .experiment.report import write_report
+
+        return write_report
+
+    view([folder.expanduser() for folder in arguments.run_dirs], arguments.port, load)
+    return OK
 
 
 def _compare(request: Request, arguments: Namespace) -> int:
@@ -221,6 +239,7 @@ COMMANDS: dict[str, Callable[[Request, Namespace], int]] = {
     "resume": _resume,
     "report": _report,
     "search": _search,
+    "view": _view,
     "compare": _compare,
     "predict": _predict,
 }

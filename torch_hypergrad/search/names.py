@@ -41,6 +41,7 @@ SAMPLERS: dict[str, Callable[..., BaseSampler]] = {
     "simulated_annealing": SimulatedAnnealing,
     "tpe": TPESampler,
 }
+"""What :func:`make_sampler` makes, by name: Optuna's samplers and our own."""
 
 PRUNERS: dict[str, Callable[..., BasePruner]] = {
     "asha": SuccessiveHalvingPruner,
@@ -49,6 +50,7 @@ PRUNERS: dict[str, Callable[..., BasePruner]] = {
     "none": NopPruner,
     "percentile": PercentilePruner,
 }
+"""What :func:`make_pruner` makes, by name: Optuna's pruners."""
 
 
 def make_sampler(

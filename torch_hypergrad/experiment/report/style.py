@@ -36,6 +36,8 @@ LINES = ("-", "--", ":", "-.")
 DASH = "\N{EN DASH}"  # for what is not known
 WIDTH = 10.0  # inches; the page shows them at 96 pixels each
 DPI = 130
+GAP = 0.22  # inches between rows of panels, so that the label of an axis is not read as the next title's
+PANEL = 0.7  # of the width that is there for it; the rest is for the axis on its left
 LOG_FROM = 3.0  # a log scale of less than this ratio would have hardly a tick
 
 STYLE: Any = {
@@ -51,6 +53,7 @@ STYLE: Any = {
     "lines.linewidth": 1.6,
     "legend.frameon": False,
     "figure.facecolor": "white",
+    "figure.constrained_layout.h_pad": GAP / 2,
     "savefig.facecolor": "white",
 }
 
@@ -64,11 +67,13 @@ class Picture:
     alt: str
     png: bytes
     width: int  # on the page, in CSS pixels: letters are of the same size on all pictures
+    height: int
 
     @classmethod
     def of(cls, name: str, caption: str, png: bytes) -> Picture:
-        """One that was drawn elsewhere, as wide as its PNG says."""
-        return cls(name, caption, caption, png, round(96 / DPI * int.from_bytes(png[16:20], "big")))
+        """One that was drawn elsewhere, of the size that the header of its PNG says."""
+        width, height = (round(96 / DPI * int.from_bytes(png[i : i + 4], "big")) for i in (16, 20))
+        return cls(name, caption, caption, png, width, height)
 
 
 @contextmanager
@@ -88,7 +93,7 @@ def panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]
     """``count`` panels in rows."""
     columns = 2 if count == 4 else min(columns, count)
     rows = math.ceil(count / columns)
-    figure = new_figure(rows * height, WIDTH if columns > 2 else {1: 6.5, 2: 9.0}[columns])
+    figure = new_figure(rows * (height + GAP), WIDTH if columns > 2 else {1: 6.5, 2: 9.0}[columns])
     every = list(figure.subplots(rows, columns, squeeze=False).flat)
     for spare in every[count:]:
         spare.remove()
@@ -99,8 +104,20 @@ def finish(figure: Figure, name: str, caption: str, alt: str | None = None) -> P
     """The figure as a PNG, with its caption and alternative text."""
     buffer = io.BytesIO()
     figure.set_dpi(DPI)
+    _fit_titles(figure)
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-    return Picture(name, caption, alt or caption, buffer.getvalue(), round(96 * figure.get_figwidth()))
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    return Picture(name, caption, alt or caption, buffer.getvalue(), width, height)
+
+
+def _fit_titles(figure: Figure) -> None:
+    """Smaller letters for titles that are wider than their panel and would run into the next one."""
+    for axes in figure.axes:
+        place = axes.get_subplotspec()
+        if place is not None and axes.get_title():
+            room = PANEL * figure.bbox.width / place.get_gridspec().ncols
+            fits = min(room / axes.title.get_window_extent().width, 1.0)
+            axes.title.set_fontsize(float(axes.title.get_fontsize()) * fits)
 
 
 def without_math(text: str) -> str:
