@@ -7,9 +7,25 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "torch_hypergrad/__init__.py").read_text())
-search = ["optuna>=4.9", "cmaes>=0.10"]
-examples = ["arch>=7", *search]
-test = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", *examples]
+search = ["numpy>=1.26", "optuna>=4.9", "cmaes>=0.10"]
+bilevel = ["numpy>=1.26", "scipy>=1.11", "scikit-learn>=1.4"]
+cli = [
+    "torchvision>=0.21",
+    "pandas>=2.2",
+    "pillow>=10",
+    "matplotlib>=3.8",
+    "tabulate>=0.9",
+    "jsonargparse[signatures]>=4.35",
+    "pyyaml>=6",
+    "tensorboard>=2.16",
+    "jinja2>=3.1",
+    "filelock>=3.12",
+    "psutil>=5.9",
+    *search,
+    *bilevel,
+]
+examples = ["arch>=7", *cli]
+test = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "pyarrow>=16", *examples]
 bench = ["torchopt>=0.7.3"]
 docs = [
     "mkdocs>=1.6,<2",
@@ -21,10 +37,7 @@ docs = [
     "ipykernel>=6.29",
     "latex2mathml>=3.77",
     "ruff>=0.6",
-    "matplotlib>=3.8",
-    "scikit-learn>=1.4",
-    "tabulate>=0.9",
-    *search,
+    *cli,
 ]
 
 setup(
@@ -36,28 +49,13 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["torch_hypergrad", "torch_hypergrad.*"]),
     package_data={"torch_hypergrad": ["py.typed"], "torch_hypergrad.experiment.report": ["*.j2"]},
-    entry_points={"console_scripts": ["torch-hypergrad = torch_hypergrad.cli:main"]},
+    entry_points={"console_scripts": ["torch-hypergrad = torch_hypergrad.__main__:main"]},
     python_requires=">=3.10",
-    install_requires=[
-        "torch>=2.6",
-        "torchvision>=0.21",
-        "higher>=0.2.1",
-        "numpy>=1.26",
-        "pillow>=10",
-        "scipy>=1.11",
-        "tqdm>=4.66",
-        "matplotlib>=3.8",
-        "scikit-learn>=1.4",
-        "tabulate>=0.9",
-        "jsonargparse[signatures]>=4.35",
-        "pyyaml>=6",
-        "tensorboard>=2.16",
-        "jinja2>=3.1",
-        "filelock>=3.12",
-        "psutil>=5.9",
-    ],
+    install_requires=["torch>=2.6", "higher>=0.2.1", "tqdm>=4.66"],
     extras_require={
+        "cli": cli,
         "search": search,
+        "bilevel": bilevel,
         "examples": examples,
         "test": test,
         "bench": bench,

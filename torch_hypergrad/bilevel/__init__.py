@@ -1,5 +1,9 @@
 """Both problems as problems of optimization: training to a tolerance, and tuning by scipy or over folds."""
 
+from ..errors import check_installed
+
+check_installed("bilevel", "numpy", "scipy", "sklearn")
+
 from .cross_validation import CrossValidation
 from .fit import Fit, fit
 from .folds import stratified_folds

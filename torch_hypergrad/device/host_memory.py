@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -46,11 +46,18 @@ def total_memory(device: torch.device) -> int:
     has and its control group allows."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    limits = [psutil.virtual_memory().total]
+    limits = [_of_the_machine()]
     for path in _CGROUP_LIMITS:
         if path.exists() and (text := path.read_text().strip()).isdigit():
             limits.append(int(text))
     return min(limits)
+
+
+def _of_the_machine() -> int:
+    """8 GiB where the system does not tell: Windows."""
+    if not hasattr(os, "sysconf"):
+        return 2**33
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 _CGROUP_LIMITS = (

@@ -1,1 +1,9 @@
 """The user's layer: from a configuration to a trained model, its report, and a resumed run."""
+
+from ..errors import check_installed
+
+PACKAGES = (
+    *("jsonargparse", "yaml", "torchvision", "pandas", "PIL", "matplotlib", "sklearn", "tabulate", "jinja2"),
+    *("filelock", "psutil", "numpy", "optuna"),
+)
+check_installed("cli", *PACKAGES)

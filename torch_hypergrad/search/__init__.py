@@ -1,15 +1,8 @@
 """Search over what has no gradient, on Optuna's own objects, with hypergradients inside each trial."""
 
-try:
-    import optuna as _optuna  # noqa: F401
-except ModuleNotFoundError as error:
-    if error.name != "optuna":
-        raise
-    raise ModuleNotFoundError(
-        "torch_hypergrad.search is built on Optuna, which is not installed: pip install "
-        "'torch-hypergrad[search]'.",
-        name="optuna",
-    ) from None
+from ..errors import check_installed
+
+check_installed("search", "numpy", "optuna")
 
 from .cost import best_so_far, hyper_step_cost
 from .heartbeat import watched

@@ -8,13 +8,19 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..device import readings
 from ..device.host_memory import sample_of_bytes
+
+try:
+    from numpy import ndarray as Array
+except ModuleNotFoundError:  # and then there is no array
+
+    class Array:  # type: ignore[no-redef]
+        """What no batch holds."""
 
 
 class Look(NamedTuple):
@@ -83,9 +89,9 @@ def _items(thing: Any) -> list[tuple[Any, Any]]:
     return list({**named, **getattr(thing, "__dict__", {})}.items())
 
 
-def _tensors(thing: Any, depth: int = 0) -> Iterator[Tensor | np.ndarray]:
+def _tensors(thing: Any, depth: int = 0) -> Iterator[Tensor | Array]:
     """Every tensor and array, wherever it is."""
-    if isinstance(thing, (Tensor, np.ndarray)):
+    if isinstance(thing, (Tensor, Array)):
         yield thing
     elif depth < MAX_DEPTH and not isinstance(
         thing, (str, bytes, int, float, type, torch.nn.Module, type(None))
@@ -94,7 +100,7 @@ def _tensors(thing: Any, depth: int = 0) -> Iterator[Tensor | np.ndarray]:
             yield from _tensors(value, depth + 1)
 
 
-def watched(batch: Any) -> list[Tensor | np.ndarray]:
+def watched(batch: Any) -> list[Tensor | Array]:
     """The tensors and arrays of a batch."""
     if _is_tuple_of_tensors(batch):
         return list(batch)
@@ -124,9 +130,9 @@ def seen_again(batch: Any, before: Seen) -> Seen:
     )
 
 
-def _look(found: Tensor | np.ndarray, *, of_all: bool) -> Look:
-    if isinstance(found, np.ndarray):
-        content = b"" if found.dtype == object else np.ascontiguousarray(found).tobytes()
+def _look(found: Tensor | Array, *, of_all: bool) -> Look:
+    if isinstance(found, Array):
+        content = b"" if found.dtype == object else found.tobytes()
         return Look(id(found), 0, zlib.crc32(content), of_all)
     version = 0 if found.is_inference() else found._version
     if (
@@ -150,9 +156,9 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(sums.double().numpy().tobytes())
 
 
-def _is_shared(found: Tensor | np.ndarray) -> bool:
+def _is_shared(found: Tensor | Array) -> bool:
     """Whether others than torch may write to its memory: torch never resizes what it shares with numpy."""
-    if isinstance(found, np.ndarray):
+    if isinstance(found, Array):
         return True
     if not readings.at_once(found) or found.layout is not torch.strided:
         return False
