@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from problems import REPLAY, mse, random_batch, tanh_mlp
 from refusals import frozen_bytes, refused
 from torch_hypergrad import (
+    Cholesky,
     ForwardMode,
     HyperOptimizer,
     Hyperparameter,
@@ -471,3 +472,30 @@ def test_batches_of_every_type_are_watched(dtype: torch.dtype) -> None:
         if number:
             x.data.zero_()  # leaves no trace but the values
             assert not is_as_seen((x, {"x": x}), before)
+
+
+@pytest.mark.parametrize("way", ["step", "record"])
+def test_a_tuned_value_that_is_copied_into_the_group_is_refused(way):
+    """As a scheduler's factor it would count twice: ridge with a decay of 0.1 would be taken for one of 0.025."""
+    torch.manual_seed(0)
+    batch = torch.randn(30, 5, dtype=torch.float64), torch.randn(30, 1, dtype=torch.float64)
+    model = torch.nn.Linear(5, 1, bias=False).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.4)
+    hyper = HyperOptimizer(
+        model,
+        optimizer,
+        lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
+        tune=[Hyperparameter("weight_decay", init=0.1, low=0.0)],
+        method=Implicit(Cholesky()),
+        hyper_optimizer=partial(torch.optim.SGD, lr=1e-3),
+    )
+    take = getattr(hyper, way)
+    take(batch)
+    optimizer.param_groups[0]["weight_decay"] = float(hyper.values()["weight_decay/group0"])
+    with pytest.raises(ValueError, match=r"set to the tuned value, 0\.1\..*count it twice"):
+        take(batch)
+        hyper.hypergradient(batch)
+    optimizer.param_groups[0]["weight_decay"] = 0.2  # as a schedule of one's own may: half of the tuned value
+    hyper.begin_window()
+    take(batch)
+    assert hyper.hypergradient(batch)["weight_decay/group0"].isfinite()

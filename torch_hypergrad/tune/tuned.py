@@ -62,6 +62,7 @@ class TunedSetting:
         self.scale.check(spec.name, seen)
         self.leaf = self.scale.leaf(values).requires_grad_()
         self._laid_out: dict[Bucket, Tensor] = {}
+        self._compared = False
 
     @property
     def label(self) -> str:
@@ -85,7 +86,7 @@ class TunedSetting:
         """Replaces what the hyper optimizer moves."""
         with torch.no_grad():
             self.leaf.copy_(leaf)
-        self._laid_out.clear()
+        self._moved()
 
     def set_leaf_gradient(self, gradient: Tensor) -> None:
         """Gives the leaf the gradient that belongs to ``gradient``, which is with respect to the values."""
@@ -93,8 +94,12 @@ class TunedSetting:
 
     def project(self) -> Tensor:
         """Moves the values into the bounds and counts how many had to move."""
-        self._laid_out.clear()
+        self._moved()
         return self.scale.project_(self.leaf)
+
+    def _moved(self) -> None:
+        self._laid_out.clear()
+        self._compared = False
 
     def for_bucket(self, bucket: Bucket, step: int) -> Tensor:
         """The values as the rule gets them."""
@@ -119,6 +124,7 @@ class TunedSetting:
         now = float(read_setting(settings, self.spec.name))
         if now == self.base:
             return 1.0
+        self._check_not_copied(now)
         if self.base == 0:
             raise ValueError(
                 f"The group's {self.spec.name} went from 0 to {now:g} while {self.label} is tuned. A "
@@ -126,6 +132,20 @@ class TunedSetting:
                 "start the group above 0."
             )
         return now / self.base
+
+    def _check_not_copied(self, now: float) -> None:
+        """Refuses the tuned value in the group: as a factor it would count twice. Once for each value, since
+        on a GPU it waits for the device."""
+        if self._compared or self.leaf.numel() != 1:
+            return
+        self._compared = True
+        if now == self.values().item():
+            raise ValueError(
+                f"The group's {self.spec.name} was set to the tuned value, {now:g}. While {self.label} is "
+                "tuned, a change of the group is taken for a scheduler's factor on the tuned value, which "
+                f"would count it twice. Leave the group at {self.base:g}: hyper.step applies the tuned value "
+                "by itself, and a loop of one's own reads hyper.values()."
+            )
 
     def zero_adjoint(self) -> Tensor:
         """A total to sum adjoints in."""
@@ -196,6 +216,20 @@ class TunedTensor:
             self._shown = self.scale.values(self.leaf)
             with torch.no_grad():
                 self.tensor.copy_(self._shown)
+
+    def _check_not_copied(self, now: float) -> None:
+        """Refuses the tuned value in the group: as a factor it would count twice. Once for each value, since
+        on a GPU it waits for the device."""
+        if self._compared or self.leaf.numel() != 1:
+            return
+        self._compared = True
+        if now == self.values().item():
+            raise ValueError(
+                f"The group's {self.spec.name} was set to the tuned value, {now:g}. While {self.label} is "
+                "tuned, a change of the group is taken for a scheduler's factor on the tuned value, which "
+                f"would count it twice. Leave the group at {self.base:g}: hyper.step applies the tuned value "
+                "by itself, and a loop of one's own reads hyper.values()."
+            )
 
     def zero_adjoint(self) -> Tensor:
         """A total to sum adjoints in."""
