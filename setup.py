@@ -21,6 +21,7 @@ cli = [
     "jinja2>=3.1",
     "filelock>=3.12",
     "psutil>=5.9",
+    "safetensors>=0.4",
     *search,
     *bilevel,
 ]
@@ -56,6 +57,8 @@ setup(
         "cli": cli,
         "search": search,
         "bilevel": bilevel,
+        "onnx": ["onnx>=1.16", "onnxscript>=0.2"],
+        "parquet": ["pyarrow>=16"],
         "examples": examples,
         "test": test,
         "bench": bench,

@@ -74,14 +74,17 @@ EXPERIMENT_ORDER = (
     ("config",),
     ("checks", "edits", "keys", "loopback", "old", "options", "order", "plain", "stopping"),
     ("networks", "parsing", "view"),
-    ("run_folder", "tasks"),
+    ("tasks", "values"),
+    ("run_folder",),
     ("catalog", "metrics", "objective"),
     ("build",),
     ("results", "trained"),
+    ("export",),
     ("loop",),
     ("start",),
     ("study", "workers"),
     ("compare", "search"),
+    ("seeds",),
 )
 TASKS_ORDER = (("base", "splits"), ("pictures",), ("images", "tabular", "text"))
 EXPERIMENT_LEVEL = {name: level for level, names in enumerate(EXPERIMENT_ORDER) for name in names}

@@ -13,8 +13,8 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from . import __version__
-from .experiment.config import ConfigError
-from .experiment.parsing import Request, add_config, as_yaml, class_asked_for, config_of, parse
+from .experiment.config import Config, ConfigError
+from .experiment.parsing import Request, add_config, as_yaml, class_asked_for, config_of, lay_over, parse
 from .experiment.stopping import TrainingError
 
 OK, FAILED, REFUSED, UNTUNED = 0, 1, 2, 3
@@ -90,6 +90,19 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     commands["predict"].add_argument(
         "files", type=Path, nargs="+", help="pictures, tables or texts, as the run has"
     )
+    commands["train"].add_argument(
+        "--fixed", type=str, help="train.fixed, with one episode and no hyper steps"
+    )
+    commands["train"].add_argument("--baseline", type=bool | None, default=None, help="output.baseline")
+    commands["train"].add_argument(
+        "--seeds", type=int, default=1, help="how many runs, with seeds from train.seed on, and one report"
+    )
+    commands["train"].add_argument(
+        "--jobs", type=int, default=1, help="how many of these at a time, each a process"
+    )
+    commands["export"].add_argument("run_dir", type=Path, help="the folder of a finished run")
+    commands["export"].add_argument("--to", type=str, default="onnx", help="onnx, torchscript or state_dict")
+    commands["export"].add_argument("--out", type=Path | None, default=None, help="the file")
     for flag, (kind, default, meaning) in SEARCH_FLAGS.items():
         commands["search"].add_argument(flag, type=kind, default=default, help=meaning)
     commands["compare"].add_argument(
@@ -119,16 +132,18 @@ DESCRIPTIONS = {
     "view": "Shows the report of a run in the browser, renewed while training goes on.",
     "compare": "Trains the same model with fixed, searched and tuned hyperparameters, "
     "and compares them on the test set.",
+    "export": "Writes the network of a finished run in another format.",
     "predict": "Prints what the network of a finished run says of files.",
 }
 USAGE = {
-    "train": "train [--config FILE] [--KEY VALUE ...]",
+    "train": "train [--config FILE] [--KEY VALUE ...] [--fixed FILE] [--seeds N] [--jobs N]",
     "resume": "resume RUN_DIR | --last",
     "report": "report RUN_DIR [RUN_DIR ...] [--out FOLDER]",
     "search": "search [--config FILE] [--KEY VALUE ...] [--sampler NAME] [--trials N] [--pruner NAME] "
     "[--storage URL] [--workers N]",
     "view": "view RUN_DIR [RUN_DIR ...] [--port N]",
     "compare": "compare [--config FILE] [--KEY VALUE ...] [--seeds N] [--jobs N]",
+    "export": "export RUN_DIR --to onnx|torchscript|state_dict [--out FILE]",
     "predict": "predict RUN_DIR FILE [FILE ...]",
 }
 
@@ -144,7 +159,7 @@ def _class_help(section: str, name: str) -> int:
 
 
 def _train(request: Request, arguments: Namespace) -> int:
-    config = config_of(request.content)
+    config = config_of(_with_shorthands(request.content, arguments))
     if arguments.print_config:
         print(as_yaml(config), end="")
         return OK
@@ -156,7 +171,35 @@ def _train(request: Request, arguments: Namespace) -> int:
         build(config)
         print("The configuration can be run.")
         return OK
+    if arguments.seeds != 1 or arguments.jobs != 1:
+        return _train_seeds(config, _name(request), arguments)
     return _end(*start.train(config, _name(request)))
+
+
+def _with_shorthands(content: dict[str, Any], arguments: Namespace) -> dict[str, Any]:
+    """``--fixed`` and ``--baseline`` in the places of their keys."""
+    if arguments.fixed is not None:
+        lay_over(
+            content, {"train": {"fixed": arguments.fixed, "episodes": 1, "hyper_every": None, "warmup": 0}}
+        )
+    if arguments.baseline is not None:
+        lay_over(content, {"output": {"baseline": arguments.baseline}})
+    return content
+
+
+def _train_seeds(config: Config, name: str, arguments: Namespace) -> int:
+    from .experiment.seeds import train_seeds
+
+    folder, runs, stopped_by = train_seeds(config, name, arguments.seeds, arguments.jobs)
+    if stopped_by is not None:
+        return _stopped(folder, stopped_by)
+    print()
+    return _show(runs, folder / "report")
+
+
+def _stopped(folder: Path, signal_number: int) -> int:
+    go_on = f"Stopped. Go on with the same command and --output.folder {folder}"
+    return _say(go_on, STOPPED + signal_number)
 
 
 def _resume(request: Request, arguments: Namespace) -> int:
@@ -192,9 +235,7 @@ def _compare(request: Request, arguments: Namespace) -> int:
     config = config_of(request.content)
     folder, runs, stopped_by = compare(config, _name(request), arguments.seeds, arguments.jobs)
     if stopped_by is not None:
-        return _say(
-            f"Stopped. Go on with the same command and --output.folder {folder}", STOPPED + stopped_by
-        )
+        return _stopped(folder, stopped_by)
     print()
     return _show(runs, folder / "report")
 
@@ -220,9 +261,18 @@ def _search(request: Request, arguments: Namespace) -> int:
     stopped_by = search(study, arguments.workers)
     print(f"\n{table_of_study(study)}\n\nReport: {report_of_study(study)}", flush=True)
     if stopped_by is not None:
-        return _say(
-            f"Stopped. Go on with the same command and --output.folder {folder}", STOPPED + stopped_by
-        )
+        return _stopped(folder, stopped_by)
+    return OK
+
+
+def _export(request: Request, arguments: Namespace) -> int:
+    from .experiment.export import export
+
+    out = arguments.out and arguments.out.expanduser()
+    try:
+        print(export(arguments.run_dir.expanduser(), arguments.to, out))
+    except ModuleNotFoundError as error:
+        raise ConfigError(str(error)) from error
     return OK
 
 
@@ -241,12 +291,17 @@ COMMANDS: dict[str, Callable[[Request, Namespace], int]] = {
     "search": _search,
     "view": _view,
     "compare": _compare,
+    "export": _export,
     "predict": _predict,
 }
 
 
 def _end(folder: Path, stopped_by: int | None) -> int:
     """What a user sees at the end of training."""
+    from .experiment.start import train_baseline
+
+    if stopped_by is None:
+        stopped_by = train_baseline(folder)
     if stopped_by is not None:
         return _say(f"Stopped. Go on with: torch-hypergrad resume {folder}", STOPPED + stopped_by)
     print()

@@ -4,6 +4,6 @@ from ..errors import check_installed
 
 PACKAGES = (
     *("jsonargparse", "yaml", "torchvision", "pandas", "PIL", "matplotlib", "sklearn", "tabulate", "jinja2"),
-    *("filelock", "psutil", "numpy", "optuna"),
+    *("filelock", "psutil", "safetensors", "numpy", "optuna"),
 )
 check_installed("cli", *PACKAGES)

@@ -15,17 +15,18 @@ from torch.optim import Optimizer, lr_scheduler
 
 from ..errors import HypergradientError
 from ..hyper_optimizer import HyperOptimizer
-from ..methods import Method
+from ..methods import Method, Unrolled
 from ..transforms import clip_grad_norm
 from ..tune.hyperparameter import Hyperparameter
 from .catalog import KNOWN
-from .config import Config, ConfigError, Named
+from .config import Config, ConfigError, Named, Tune, setting_of
 from .networks import make_network
 from .objective import Objective
-from .options import find, make
+from .options import find, make, one_line
 from .order import Shuffled
 from .plain import PlainTraining
 from .tasks import Split, Task
+from .values import read_values
 
 
 @dataclass
@@ -59,6 +60,8 @@ def build(config: Config) -> Parts:
     """
     train = config.train
     method = None if config.method is None else make_method(config)
+    if train.fixed is not None:
+        method = Unrolled(truncation=1, memory=0)  # applies values of any kind, and keeps next to nothing
     device = choose_device(train.device)
     task, split = _load(json.dumps(config.task, sort_keys=True), train.seed, device)
     task, split = copy.copy(task), split.part(train.part)
@@ -77,6 +80,7 @@ def build(config: Config) -> Parts:
         if method is None
         else _training(config, model, optimizer, objective, method, lambda: _tune(config, tensors, steps))
     )
+    _set_values(config, training)
     val_order = Shuffled(len(split.val), train.val_batch_size, train.seed + 1)
     scheduler = _scheduler(config.scheduler, optimizer)
     return Parts(device, objective, model, training, scheduler, order, val_order, steps)
@@ -136,7 +140,7 @@ def _example_logits(config: Config, num: int, device: torch.device) -> Tensor | 
     tune = config.tune.get("example_weights")
     if tune is None:
         return None
-    start = torch.logit(torch.tensor(0.5 if tune.init is None else tune.init))
+    start = torch.logit(torch.tensor(tune.init if isinstance(tune.init, float) else 0.5))
     return start.repeat(num).to(device).requires_grad_()
 
 
@@ -217,14 +221,54 @@ def _training(
 
 
 def _tune(config: Config, tensors: dict[str, Any], steps: int) -> list[Any]:
-    settings: list[Any] = [
-        Hyperparameter(
-            name, tune.per, tune.init, tune.low, tune.high, tune.log, steps if tune.per == "step" else None
-        )
-        for name, tune in config.tune.items()
-        if tensors[name] is None
-    ]
+    settings: list[Any] = []
+    for name, tune in config.tune.items():
+        if tensors[name] is None:
+            start, num_steps = _start(config, name, tune), steps if tune.per == "step" else None
+            settings.append(Hyperparameter(name, tune.per, start, tune.low, tune.high, tune.log, num_steps))
     return settings + [(name, tensors[name]) for name in config.tune if tensors[name] is not None]
+
+
+def _start(config: Config, name: str, tune: Tune) -> float | None:
+    """A number; of values from a file their mean, until they are in their places."""
+    file = _file_of(config, tune)
+    if file is None:
+        return tune.init if isinstance(tune.init, float) else None
+    found = [value.flatten() for key, value in read_values(file).items() if setting_of(key) == name]
+    return float(torch.cat(found).double().mean()) if found else None
+
+
+def _set_values(config: Config, training: HyperOptimizer | PlainTraining) -> None:
+    """Values from files, in the places that they have there."""
+    for setting, tune in config.tune.items():
+        file = _file_of(config, tune)
+        if file is None or not isinstance(training, HyperOptimizer):
+            continue
+        given = read_values(file)
+        wanted = [name for name in training.values() if setting_of(name) == setting]
+        missing = [name for name in wanted if name not in given]
+        if missing:
+            raise ConfigError(
+                f"tune.{setting}: {file} has no {missing[0]}. It has {', '.join(list(given)[:5])}: values of "
+                "another network, optimizer or per."
+            )
+        try:
+            training.set_values({name: given[name] for name in wanted})
+        except ValueError as error:
+            raise ConfigError(
+                f"tune.{setting}: the values in {file} do not fit. {one_line(error)}"
+            ) from error
+
+
+def _file_of(config: Config, tune: Tune) -> str | None:
+    fixed = config.train.fixed
+    if fixed is not None and fixed != START:
+        return fixed
+    return tune.init if isinstance(tune.init, str) else None
+
+
+START = "start"
+"""For train.fixed: the values where tuning would begin."""
 
 
 def make_method(config: Config) -> Method:

@@ -12,7 +12,16 @@ MOST_THREADS = 1024
 LOSS_TENSORS = ("example_weights", "augmentation")  # which have a shape of their own
 
 AT_LEAST_ONE = {
-    "train": ("steps", "epochs", "episodes", "batch_size", "hyper_every", "val_batch_size", "threads"),
+    "train": (
+        "steps",
+        "epochs",
+        "episodes",
+        "batch_size",
+        "hyper_every",
+        "val_batch_size",
+        "threads",
+        "patience",
+    ),
     "output": ("log_every", "eval_every", "eval_size", "checkpoint_every", "keep_checkpoints"),
     "compare": ("grid_points",),
 }
@@ -122,7 +131,7 @@ def _tune(config: Config) -> Iterator[str]:
                 "times: set train.episodes to 20 or more, got 1."
             )
     weights = config.tune.get("example_weights")
-    if weights and weights.init is not None and not 0 < weights.init < 1:
+    if weights and isinstance(weights.init, float) and not 0 < weights.init < 1:
         yield f"tune.example_weights.init must lie between 0 and 1, got {weights.init}."
 
 
@@ -135,6 +144,19 @@ def _hyper_steps(config: Config) -> Iterator[str]:
                 "nothing changes between episodes. Set it to 1."
             )
         return
+    if train.fixed is not None:
+        if train.episodes > 1 or train.hyper_every is not None:
+            yield (
+                f"train.fixed={train.fixed} tunes nothing, and train.episodes={train.episodes}, "
+                f"train.hyper_every={train.hyper_every} say when to tune. Set them to 1 and null, as --fixed "
+                "does."
+            )
+        return
+    if train.episodes > 1 and (train.patience is not None or train.keep_best):
+        yield (
+            f"train.patience={train.patience} and train.keep_best={train.keep_best} with train.episodes="
+            f"{train.episodes}: each episode begins anew. Set them to null and false."
+        )
     if train.episodes == 1 and train.hyper_every is None:
         yield (
             "train.hyper_every is null and train.episodes is 1, so "

@@ -23,6 +23,12 @@ ON_PARTS = {"val": "validation set", "train_and_val": "both sets"}
 SEARCHES = {"grid": "grid", "random": "random search"}  # in words; others by the name of their sampler
 
 
+def of_seeds(config: Config, num_seeds: int) -> list[Config]:
+    """The configuration with so many seeds, from its own on."""
+    first = config.train.seed
+    return [replace(config, train=replace(config.train, seed=first + i)) for i in range(num_seeds)]
+
+
 @dataclass(frozen=True)
 class Trained:
     """One run of a comparison."""
@@ -64,10 +70,7 @@ def compare(config: Config, name: str, num_seeds: int, num_jobs: int) -> tuple[P
     if config.method is None:
         raise ConfigError("compare needs a configuration that tunes something: method is null.")
     folder = folder_of(config, f"compare-{name}")
-    seeds = [
-        replace(config, train=replace(config.train, seed=config.train.seed + i)) for i in range(num_seeds)
-    ]
-    rivals = [Rivals(seed, folder) for seed in seeds]
+    rivals = [Rivals(each, folder) for each in of_seeds(config, num_seeds)]
     for search in rivals[0].searches:
         search.check()
     with stop_on_signals() as stop, workers(num_jobs, stop) as pool:

@@ -19,7 +19,8 @@ class Tune:
     Args:
         per: one value for each group of parameters, each tensor, each element (every single weight), or each
             training step (a schedule); of example_weights there is always one for each training example
-        init: the start. null takes the optimizer's value; for example_weights a weight between 0 and 1, null
+        init: the start: a number, or a file of tuned values (values.yaml or values.safetensors of a run, or
+            its folder). null takes the optimizer's value; for example_weights a weight between 0 and 1, null
             takes 0.5
         low: lower bound. null takes the setting's legal range
         high: upper bound, likewise
@@ -27,7 +28,7 @@ class Tune:
     """
 
     per: Literal["group", "tensor", "element", "step"] = "group"
-    init: float | None = None
+    init: float | str | None = None
     low: float | None = None
     high: float | None = None
     log: bool = False
@@ -44,6 +45,11 @@ class TrainConfig:
         episodes: trainings from the same initial weights, with a hyper step after each but the last
         batch_size: examples of a training step. null takes all
         warmup: training steps before the first hyper step
+        fixed: a file of tuned values, as for init: these are used as they are, and nothing is tuned; start
+            takes the values at their start
+        patience: training ends when so many evaluations in a row have not lowered the validation loss. null
+            trains to the end
+        keep_best: keep the weights, and the tuned values, of the evaluation with the least validation loss
         hyper_every: training steps from one hyper step to the next. null takes one after each episode
         val_batch_size: validation examples of a hyper step, drawn anew for each. null takes all
         scheduler_every: when the learning-rate scheduler steps
@@ -60,6 +66,9 @@ class TrainConfig:
     episodes: int = 1
     batch_size: int | None = 128
     warmup: int = 0
+    fixed: str | None = None
+    patience: int | None = None
+    keep_best: bool = False
     hyper_every: int | None = None
     val_batch_size: int | None = None
     scheduler_every: Literal["step", "epoch"] = "step"
@@ -85,6 +94,8 @@ class OutputConfig:
         checkpoint_every: training steps between two checkpoints. null takes a tenth of the run
         keep_checkpoints: how many of the last checkpoints stay
         tensorboard: write event files for TensorBoard
+        baseline: train the same again with all values fixed at their start, for the report. null does if
+            training took less than a minute
     """
 
     folder: str | None = None
@@ -94,6 +105,7 @@ class OutputConfig:
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
     tensorboard: bool = True
+    baseline: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -157,3 +169,9 @@ class Config:
 
 NAMED = ("task", "model", "optimizer", "scheduler", "method", "hyper_optimizer")
 """The keys that name a class."""
+
+
+def setting_of(name: str) -> str:
+    """What a value belongs to in the section tune: weight_decay of weight_decay/layers.0.weight."""
+    setting, slash, _ = name.partition("/")
+    return setting if slash else name.partition(".")[0]

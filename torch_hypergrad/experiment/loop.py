@@ -40,6 +40,9 @@ class Progress:
     num_hyper_steps: int = 0
     num_skipped: int = 0
     metrics_size: int = 0
+    best_step: int = 0
+    best_val_loss: float = math.inf
+    num_no_better: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Run:
                 self._train(stop, bar)
             finally:
                 self._metrics.close()
-        if self.progress.step < self.total:
+        if not self._over:
             return False
         self._finish()
         return True
@@ -111,7 +114,7 @@ class Run:
         if progress.step == 0:
             self.folder.log({"kind": "task", "step": 0, **words_of(self.parts.task)})
             self._evaluate(bar)
-        while progress.step < self.total and not stop.requested:
+        while progress.step < self.total and not self._patience_is_over and not stop.requested:
             self._step(bar)
             progress.seconds = time.monotonic() - began
             if progress.step % self._eval_every == 0 or progress.step == self.total:
@@ -121,8 +124,17 @@ class Run:
             bar.update()
             if progress.step % self._checkpoint_every == 0 and progress.step < self.total:
                 self._save()
-        if progress.step < self.total:
+        if not self._over:
             self._save()
+
+    @property
+    def _patience_is_over(self) -> bool:
+        patience = self.config.train.patience
+        return patience is not None and self.progress.num_no_better >= patience
+
+    @property
+    def _over(self) -> bool:
+        return self.progress.step >= self.total or self._patience_is_over
 
     def _step(self, bar: tqdm) -> None:
         config, progress, parts = self.config, self.progress, self.parts
@@ -206,8 +218,19 @@ class Run:
         self._metrics.log({**row, "train": train, "val": val})
         self._losses.update(train=train["loss"], val=val["loss"])
         self._show(bar)
+        self._compare_with_best(val["loss"])
         if self._watch is not None:
             self._watch(self.progress.step, val["loss"], self.progress.cost)
+
+    def _compare_with_best(self, val_loss: float) -> None:
+        progress = self.progress
+        if val_loss < progress.best_val_loss:
+            progress.best_val_loss, progress.best_step, progress.num_no_better = val_loss, progress.step, 0
+            if self.config.train.keep_best:
+                best = {"model": self.parts.model.state_dict(), "values": self.parts.training.values()}
+                self.folder.save_best(best)
+        else:
+            progress.num_no_better += 1
 
     def _show(self, bar: tqdm) -> None:
         losses = {f"{name} loss": f"{loss:.4f}" for name, loss in self._losses.items()}
@@ -252,17 +275,27 @@ class Run:
 
     def _finish(self) -> None:
         values: dict[str, Tensor] = self.parts.training.values()
+        if self.config.train.keep_best:
+            best = self.folder.load_best()
+            self.parts.model.load_state_dict(best["model"])
+            values = best["values"]
+            if isinstance(self.parts.training, HyperOptimizer):
+                self.parts.training.begin_window()
+                self.parts.training.set_values(values)
         tuned = tuned_of(self.parts, self._start, values)
         summary = summary_of(self.parts, asdict(self.progress), values)
         summary["config"] = {key: part for key, part in as_dict(self.config).items() if key != "output"}
         pictures = pictures_of(self.parts, values)
+        summary["best_step"] = self.progress.best_step
+        summary["kept_best"] = self.config.train.keep_best
+        summary["stopped_early"] = self.progress.step < self.total
         self.folder.finish(summary, tuned, self.parts.model.state_dict(), pictures)
 
 
 def is_hyper_step(config: Config, steps: int, step: int) -> bool:
     """Whether a hyper step follows training step ``step``, counted from 1, with ``steps`` to an episode."""
     train = config.train
-    if config.method is None:
+    if config.method is None or train.fixed is not None:
         return False
     if train.episodes > 1:
         return step % steps == 0 and step < steps * train.episodes

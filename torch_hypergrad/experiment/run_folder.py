@@ -22,6 +22,7 @@ from .edits import FREE, check_edits, differences, told
 from .old import today
 from .options import one_line
 from .parsing import as_yaml, config_of, read_config
+from .values import as_files
 
 CHECKPOINT = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 
@@ -37,6 +38,7 @@ class RunFolder:
         self.summary_file = path / "summary.json"
         self.tuned_file = path / "tuned.pt"
         self.model_file = path / "model.pt"
+        self.best_file = path / "best.pt"
         self.checkpoints = path / "checkpoints"
 
     # ---- whose it is ---------------------------------------------------------------------------------------
@@ -180,9 +182,19 @@ class RunFolder:
             write_atomically(file, png)
             drawn.append({"file": f"pictures/{number}.png", "caption": caption})
         summary = {**summary, "pictures": drawn}
+        for name, content in as_files(tuned["values"]).items() if tuned["values"] else ():
+            write_atomically(self.path / name, content)
         write_atomically(self.tuned_file, _as_bytes(tuned))
         write_atomically(self.model_file, _as_bytes(model))
         write_atomically(self.summary_file, json.dumps(summary, indent=2).encode())
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Writes what was best so far."""
+        write_atomically(self.best_file, _as_bytes(state))
+
+    def load_best(self) -> dict[str, Any]:
+        """What :meth:`save_best` wrote."""
+        return _loaded(self.best_file.read_bytes(), self.best_file)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
 

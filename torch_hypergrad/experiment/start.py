@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from .build import build
+from .build import START, build
 from .config import Config, ConfigError
 from .edits import told
 from .loop import Run, Watch
@@ -54,6 +56,35 @@ def resume(path: Path) -> tuple[Path, int | None]:
     with stop_on_signals() as stop:
         finished = run_in(read_config(folder.config_file), folder, stop)
     return path, None if finished else stop.signal
+
+
+QUICK = 60.0
+"""Seconds of training up to which the same is trained again without tuning, if nothing is said."""
+
+
+def train_baseline(path: Path) -> int | None:
+    """Trains a finished run again with all values fixed at their start, in its folder ``baseline``, if its
+    configuration wants that.
+
+    Returns:
+        The signal that stopped it, or None.
+    """
+    run = RunFolder(path)
+    config = read_config(run.config_file)
+    wanted = config.output.baseline
+    if wanted is None:
+        wanted = json.loads(run.summary_file.read_text(encoding="utf-8"))["seconds"] < QUICK
+    if not wanted or config.method is None or config.train.fixed is not None:
+        return None
+    train = replace(config.train, fixed=START, hyper_every=None, warmup=0, episodes=1)
+    output = replace(config.output, folder=None, tensorboard=False)
+    print(
+        "Training the same again without tuning, for the report (--baseline false does not).", file=sys.stderr
+    )
+    with stop_on_signals() as stop:
+        baseline = RunFolder(path / "baseline")
+        finished = run_in(replace(config, train=train, output=output), baseline, stop, quiet=True)
+    return None if finished else stop.signal
 
 
 def last_run() -> Path:

@@ -48,6 +48,10 @@ class TrainedModel(nn.Module):
         """
         return self.network(self.task.inputs(inputs))
 
+    def example(self, num: int) -> Tensor:
+        """Inputs of zeros, such as it takes: (num, ...)."""
+        return torch.zeros(num, *self.task.input_shape, dtype=self.task.input_dtype)
+
     def predict(self, files: Sequence[Path | str]) -> list[Sequence[str]]:
         """What the network says of files, a row of words for each thing in them; see the task's ``predict``.
 

@@ -217,20 +217,6 @@ class TunedTensor:
             with torch.no_grad():
                 self.tensor.copy_(self._shown)
 
-    def _check_not_copied(self, now: float) -> None:
-        """Refuses the tuned value in the group: as a factor it would count twice. Once for each value, since
-        on a GPU it waits for the device."""
-        if self._compared or self.leaf.numel() != 1:
-            return
-        self._compared = True
-        if now == self.values().item():
-            raise ValueError(
-                f"The group's {self.spec.name} was set to the tuned value, {now:g}. While {self.label} is "
-                "tuned, a change of the group is taken for a scheduler's factor on the tuned value, which "
-                f"would count it twice. Leave the group at {self.base:g}: hyper.step applies the tuned value "
-                "by itself, and a loop of one's own reads hyper.values()."
-            )
-
     def zero_adjoint(self) -> Tensor:
         """A total to sum adjoints in."""
         return torch.zeros_like(self.tensor.detach())

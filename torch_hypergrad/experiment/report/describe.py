@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from .read import RecordedRun, setting_of
+from ..config import setting_of
+from .read import RecordedRun
 from .style import DASH, count_of, finite, listing, number, percent
 
 _PER = {
@@ -30,9 +31,12 @@ _OF_THE_LOSS = {
 
 def in_one_sentence(run: RecordedRun) -> str:
     """What was tuned and how."""
-    tune = run.config["tune"]
+    tune, fixed = run.config["tune"], run.config["train"]["fixed"]
     if not tune or run.method is None:
         return "Trained without tuning."
+    if fixed is not None:
+        where = "at their start" if fixed == "start" else f"at the values in {fixed}"
+        return f"Trained with {listing(tune)} fixed {where}."
     things = [
         _OF_THE_LOSS.get(name) or f"{name} ({_PER.get(entry['per'], entry['per'])})"
         for name, entry in tune.items()
@@ -99,6 +103,31 @@ def headline_numbers(run: RecordedRun) -> list[tuple[str, str]]:
         (measure.shown(source.get(measure.name)), f"{part} {measure.name}{so_far}")
         for measure in run.words.measures
     ]
+
+
+def training_sentences(run: RecordedRun) -> list[str]:
+    """What was kept, when training ended, and whether tuning helped."""
+    summary, found = run.summary or {}, []
+    if summary.get("stopped_early"):
+        patience = run.config["train"]["patience"]
+        found.append(
+            f"Training ended after {run.steps:,} steps, as {count_of(patience, 'evaluation')} in a row had "
+            "not lowered the validation loss."
+        )
+    if summary.get("kept_best"):
+        found.append(
+            f"The results are those of step {summary['best_step']:,}, where the validation loss was least."
+        )
+    if run.method is not None and run.config["train"]["fixed"] is None and run.finished:
+        found.append("Values were tuned on the validation set: only the test set tells how good they are.")
+    if run.baseline is not None:
+        main = run.words.main
+        before, after = (source["test"].get(main.name) for source in (run.baseline, summary))
+        found.append(
+            f"The same training with all values fixed at their start has a test {main.name} of "
+            f"{main.shown(before)}; with tuning it is {main.shown(after)}."
+        )
+    return found
 
 
 def facts(run: RecordedRun) -> list[tuple[str, str]]:

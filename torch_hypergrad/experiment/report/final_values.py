@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 
+from ..config import setting_of
 from .kinds import by_setting, grouped, left_out, quantiles
-from .read import WEIGHTS, RecordedRun, part_of, setting_of
+from .read import WEIGHTS, RecordedRun, part_of
 from .style import (
     BLUE,
     GREY,

@@ -158,11 +158,13 @@ def github_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def rows_of_run(run: RecordedRun) -> list[list[str]]:
     """Metrics and loss at the end on each set of examples; so far, of a run that has not finished."""
     last: Record = run.summary or (run.evals[-1] if run.evals else {})
-    named = {"test": "test", "val": "validation", "train": "training"}
+    sources = [("test", "test", last), ("validation", "val", last), ("training", "train", last)]
+    if run.baseline is not None:
+        sources.append(("test, without tuning", "test", run.baseline))
     measures = run.words.measures
     rows = []
-    for part, name in named.items():
-        found = [_dig(last, (part, measure.name)) for measure in measures]
+    for name, part, source in sources:
+        found = [_dig(source, (part, measure.name)) for measure in measures]
         cells = [
             DASH if value is None else fixed(measure.factor * value, measure.digits)
             for measure, value in zip(measures, found)

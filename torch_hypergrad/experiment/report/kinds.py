@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .read import RecordedRun, part_of, setting_of
+from ..config import setting_of
+from .read import RecordedRun, part_of
 
 MAX_PANELS = 12
 QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}

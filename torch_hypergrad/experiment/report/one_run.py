@@ -13,6 +13,7 @@ from .describe import (
     in_one_sentence,
     settings_at_bounds,
     surroundings,
+    training_sentences,
     value_rows,
 )
 from .examples import draw_augmented, draw_lowest, draw_weights, has_weights, weights_sentences
@@ -49,7 +50,7 @@ def _drawn(*pictures: Picture | None) -> list[Picture]:
 
 
 def _training(run: RecordedRun) -> Section:
-    sentences = [] if run.evals else ["Nothing has been evaluated yet."]
+    sentences = training_sentences(run) if run.evals else ["Nothing has been evaluated yet."]
     table = Table(headers_of_run(run.words), rows_of_run(run))
     return Section(
         "Training", sentences, _drawn(draw_curves(run)), [table] if run.evals or run.finished else []

@@ -10,8 +10,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from ..config import setting_of
 from .kinds import as_quantiles, grouped, left_out
-from .read import RecordedRun, setting_of
+from .read import RecordedRun
 from .style import BLUE, GREY, Picture, dots, finish, panels, set_scale, shorten, step_axis
 
 DEPTH = matplotlib.colormaps["viridis"].resampled(256)

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from .read import RecordedRun, part_of, setting_of
+from ..config import setting_of
+from .read import RecordedRun, part_of
 from .style import Picture, finish, new_figure, number, shorten
 
 

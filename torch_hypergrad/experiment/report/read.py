@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..config import NAMED, Config, ConfigError, Tune
+from ..config import NAMED, Config, ConfigError, Tune, setting_of
 from ..old import today
 from .words import Words, words_of
 
@@ -98,6 +98,11 @@ class RecordedRun:
     def seed(self) -> Any:
         return self.config["train"]["seed"]
 
+    @cached_property
+    def baseline(self) -> Record | None:
+        """The results of the same training with values fixed at their start, if it was done."""
+        return _read_summary(self.folder / "baseline" / "summary.json")
+
     @property
     def pictures(self) -> list[Record]:
         """Files and captions of the task's own."""
@@ -118,12 +123,6 @@ class RecordedRun:
     def tune_of(self, name: str) -> Record:
         """How the value of this name is tuned: the entry of the section tune."""
         return self.config["tune"].get(setting_of(name), asdict(Tune()))
-
-
-def setting_of(name: str) -> str:
-    """What a value belongs to in the section tune: weight_decay of weight_decay/layers.0.weight."""
-    setting, slash, _ = name.partition("/")
-    return setting if slash else name.partition(".")[0]
 
 
 def part_of(name: str) -> str:

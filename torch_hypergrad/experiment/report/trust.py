@@ -6,7 +6,8 @@ from collections import Counter
 
 import numpy as np
 
-from .read import RecordedRun, setting_of
+from ..config import setting_of
+from .read import RecordedRun
 from .style import count_of, finite, number, percent
 
 # For what no single hyper step can tell; what one can, it has warned of itself, and the run has logged.
