@@ -234,8 +234,11 @@ def _start(config: Config, name: str, tune: Tune) -> float | None:
     file = _file_of(config, tune)
     if file is None:
         return tune.init if isinstance(tune.init, float) else None
-    found = [value.flatten() for key, value in read_values(file).items() if setting_of(key) == name]
-    return float(torch.cat(found).double().mean()) if found else None
+    given = read_values(file)
+    found = [value.flatten() for key, value in given.items() if setting_of(key) == name]
+    if not found:
+        raise ConfigError(f"tune.{name}: {file} has no {name}. It has {', '.join(list(given)[:5])}.")
+    return float(torch.cat(found).double().mean())
 
 
 def _set_values(config: Config, training: HyperOptimizer | PlainTraining) -> None:

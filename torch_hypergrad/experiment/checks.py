@@ -125,7 +125,7 @@ def _tune(config: Config) -> Iterator[str]:
                         f"tune.{name}.{key}={value}: {name} takes "
                         f"{'no key but init' if tune.init else 'no keys'}."
                     )
-        elif tune.per == "step" and config.train.episodes == 1:
+        elif tune.per == "step" and config.train.episodes == 1 and config.train.fixed is None:
             yield (
                 f"tune.{name}.per=step tunes a schedule over an episode, which must be trained several "
                 "times: set train.episodes to 20 or more, got 1."
