@@ -59,6 +59,8 @@ setup(
         "bilevel": bilevel,
         "onnx": ["onnx>=1.16", "onnxscript>=0.2"],
         "parquet": ["pyarrow>=16"],
+        "wandb": ["wandb>=0.17"],
+        "mlflow": ["mlflow>=2.14"],
         "examples": examples,
         "test": test,
         "bench": bench,

@@ -454,6 +454,7 @@ OLD = {
     "method: {name: unrolled, max_graphs: 2}": {"method": {"name": "Unrolled", "max_graphs": 2}},
     "method: {name: forward}": {"method": {"name": "ForwardMode"}},
     "method: {name: none}": {"method": None},
+    "output: {tensorboard: false, log_every: 3}": {"output": {"loggers": [], "log_every": 3}},
     "compare: {setting: lr, high: 2, grid_size: 7}": {
         "compare": {
             "space": {"optimizer.lr": {"type": "float", "low": 1e-5, "high": 2, "log": True}},
@@ -473,7 +474,7 @@ def test_configurations_of_version_0_1_are_read(text: str) -> None:
     check_content(new, "here")
     if "train_on" in text:
         assert new["train"] == {"part": "val"}
-    if "every" in text:
+    if "every: epoch" in text:
         assert new["train"] == {"scheduler_every": "epoch"}
 
 

@@ -36,7 +36,7 @@ train: {steps: 20, batch_size: 20, hyper_every: 10, threads: 1}
 space:
   model.hidden: [[4], [8, 8]]
   optimizer.lr: {type: float, low: 1.0e-3, high: 0.3, log: true}
-output: {tensorboard: false}
+output: {loggers: []}
 """
 
 

@@ -36,7 +36,7 @@ optimizer: {name: SGD, lr: 0.1, momentum: 0.9}
 tune: {weight_decay: {init: 1.0e-2, log: true}}
 method: {name: Implicit, solver: {name: CG, damping: 0.1}}
 train: {steps: 40, batch_size: 20, warmup: 10, hyper_every: 10, threads: 1}
-output: {tensorboard: false}
+output: {loggers: []}
 """
 
 
@@ -194,7 +194,7 @@ def test_a_shipped_configuration_trains_and_tunes(file: Path, tmp_path: Path) ->
         tmp_path,
         **short_form(file),
         train={"epochs": None, "steps": 70, "batch_size": 20, "val_batch_size": 20, **pace},
-        output={"tensorboard": False},
+        output={"loggers": []},
     )
     folder = run(config, tmp_path)
     tuned = torch.load(folder / "tuned.pt", weights_only=True)
@@ -309,7 +309,7 @@ def test_train_ends_with_a_table_and_a_report(tmp_path: Path) -> None:
         SMALL,
         tmp_path,
         model={"name": "my_net.MyNet", "width": 12},
-        output={"tensorboard": True},
+        output={"loggers": ["tensorboard"]},
     )
     done = run_command("train", "--config", "given.yaml", "--train.seed", 3, cwd=tmp_path)
     assert done.returncode == 3, done.stderr
@@ -329,7 +329,7 @@ def test_train_ends_with_a_table_and_a_report(tmp_path: Path) -> None:
 def test_tensorboard_holds_the_metrics(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = run(configured(SMALL, tmp_path, output={"tensorboard": True}), tmp_path)
+    folder = run(configured(SMALL, tmp_path, output={"loggers": ["tensorboard"]}), tmp_path)
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     written = {event.step: event.value for event in events.Scalars("train/loss")}
     assert written == pytest.approx({row["step"]: row["loss"] for row in rows_of(folder, "train")})

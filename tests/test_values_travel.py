@@ -35,7 +35,7 @@ optimizer: {name: SGD, lr: 0.1, momentum: 0.9}
 tune: {weight_decay: {per: element, init: 1.0e-2, log: true}}
 method: {name: Implicit, solver: {name: CG, damping: 0.1, max_steps: 5}, curvature: gauss_newton}
 train: {steps: 30, batch_size: 20, hyper_every: 10, threads: 1}
-output: {tensorboard: false, eval_every: 10}
+output: {loggers: [], eval_every: 10}
 """
 SCHEDULE = """
 task: {name: ImageClassification, train_size: 60, val_size: 40, test_size: 50}
@@ -44,7 +44,7 @@ optimizer: {name: SGD, lr: 0.05, momentum: 0.5}
 tune: {lr: {per: step, log: true}}
 method: {name: Unrolled}
 train: {steps: 12, episodes: 3, batch_size: 20, threads: 1}
-output: {tensorboard: false}
+output: {loggers: []}
 """
 
 

@@ -72,7 +72,7 @@ INNER_ORDER = {
 # The same inside the user's layer. A report reads the files of runs, and knows nothing of what wrote them.
 EXPERIMENT_ORDER = (
     ("config",),
-    ("checks", "edits", "keys", "loopback", "old", "options", "order", "plain", "stopping"),
+    ("checks", "edits", "keys", "loggers", "loopback", "old", "options", "order", "plain", "stopping"),
     ("networks", "parsing", "view"),
     ("tasks", "values"),
     ("run_folder",),

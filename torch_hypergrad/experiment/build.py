@@ -20,6 +20,7 @@ from ..transforms import clip_grad_norm
 from ..tune.hyperparameter import Hyperparameter
 from .catalog import KNOWN
 from .config import Config, ConfigError, Named, Tune, setting_of
+from .loggers import check_loggers
 from .networks import make_network
 from .objective import Objective
 from .options import find, make, one_line
@@ -59,6 +60,7 @@ def build(config: Config) -> Parts:
         ConfigError: one line, for data that are missing or parts that do not go together.
     """
     train = config.train
+    check_loggers(config.output.loggers)
     method = None if config.method is None else make_method(config)
     if train.fixed is not None:
         method = Unrolled(truncation=1, memory=0)  # applies values of any kind, and keeps next to nothing

@@ -93,7 +93,7 @@ class OutputConfig:
             null takes all
         checkpoint_every: training steps between two checkpoints. null takes a tenth of the run
         keep_checkpoints: how many of the last checkpoints stay
-        tensorboard: write event files for TensorBoard
+        loggers: who is told the metrics as well: tensorboard (event files in the folder), wandb, mlflow
         baseline: train the same again with all values fixed at their start, for the report. null does if
             training took less than a minute
     """
@@ -104,7 +104,7 @@ class OutputConfig:
     eval_size: int | None = 2000
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
-    tensorboard: bool = True
+    loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
     baseline: bool | None = None
 
 

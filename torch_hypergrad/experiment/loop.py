@@ -99,7 +99,8 @@ class Run:
             dynamic_ncols=True,
             disable=quiet,
         ) as bar:
-            self._metrics = MetricsLog(self.folder, self.progress.step, self.config.output.tensorboard)
+            loggers = self.config.output.loggers
+            self._metrics = MetricsLog(self.folder, self.progress.step, loggers, as_dict(self.config))
             try:
                 self._train(stop, bar)
             finally:

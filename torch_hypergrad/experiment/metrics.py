@@ -1,15 +1,16 @@
-"""What a run tells while it trains: JSON lines, TensorBoard, and the tuned values in brief."""
+"""What a run tells while it trains: JSON lines, loggers, and the tuned values in brief."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..hyper_optimizer import HyperReport
+from .loggers import LOGGERS
 from .run_folder import RunFolder
 
 QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
@@ -19,29 +20,25 @@ NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]\d+)?|\b(nan|inf)\b")
 
 
 class MetricsLog:
-    """Writes rows to ``metrics.jsonl`` and their numbers to TensorBoard.
+    """Writes rows to ``metrics.jsonl``, and tells loggers their numbers.
 
     Args:
         folder: the run folder.
-        step: what TensorBoard has of later steps is dropped there.
-        tensorboard: whether to write event files.
+        step: of the checkpoint that the run goes on from; 0 of a new one.
+        names: of :data:`.loggers.LOGGERS`.
+        config: the configuration of the run.
     """
 
-    def __init__(self, folder: RunFolder, step: int, tensorboard: bool) -> None:
-        self._folder, self._writer = folder, None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self._writer = SummaryWriter(
-                str(folder.path / "tensorboard"), purge_step=step + 1 if step else None
-            )
+    def __init__(self, folder: RunFolder, step: int, names: Sequence[str], config: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._loggers = [LOGGERS[name][0](folder.path, step, config) for name in names]
 
     def log(self, row: dict[str, Any]) -> None:
         """One row, with its ``"kind"`` and ``"step"``."""
         self._folder.log(row)
-        if self._writer is not None:
-            for name, number in _numbers(row):
-                self._writer.add_scalar(f"{row['kind']}/{name}", number, row["step"])
+        numbers = {f"{row['kind']}/{name}": number for name, number in _numbers(row)}
+        for logger in self._loggers:
+            logger.log(row["step"], numbers)
 
     def hyper_step(self, step: int, report: HyperReport, values: dict[str, Tensor]) -> None:
         """One row for a hyper step, with the values after it."""
@@ -63,13 +60,13 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Hands everything to the operating system."""
-        if self._writer is not None:
-            self._writer.flush()
+        for logger in self._loggers:
+            logger.flush()
 
     def close(self) -> None:
-        """Ends the event file."""
-        if self._writer is not None:
-            self._writer.close()
+        """Ends what the loggers write."""
+        for logger in self._loggers:
+            logger.close()
 
 
 def by_kind(warnings: Sequence[str]) -> dict[str, str]:

@@ -21,12 +21,8 @@ DEFAULTS = {"optimizer": "SGD", "hyper_optimizer": "Adam", "model": "mlp"}
 
 def is_old(content: Mapping[str, Any]) -> bool:
     """Whether any section is spelled as it was."""
-    compare = content.get("compare")
-    return (
-        _is_old_compare(compare)
-        or "data" in content
-        or any(_is_old_section(content.get(name)) for name in NAMED)
-    )
+    others = _is_old_compare(content.get("compare")) or _is_old_output(content.get("output"))
+    return others or "data" in content or any(_is_old_section(content.get(name)) for name in NAMED)
 
 
 def today(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +53,10 @@ def modern(content: Mapping[str, Any]) -> dict[str, Any]:
         new["scheduler"] = _with_options(scheduler, None) if scheduler.get("name") else None
     if _is_old_section(new.get("method")):
         new["method"] = _method(new["method"])
+    if _is_old_output(new.get("output")):
+        output = dict(new["output"])
+        loggers = ["tensorboard"] if output.pop("tensorboard") else []
+        new["output"] = {"loggers": loggers, **output}
     if _is_old_compare(new.get("compare")):
         new["compare"] = _compare(new["compare"])
     return new | ({"train": train} if isinstance(new.get("train", {}), Mapping) and train else {})
@@ -79,6 +79,10 @@ def _with_options(section: Mapping[str, Any], default: str | None) -> Named:
 
 
 OLD_COMPARE = {"setting": "weight_decay", "low": 1e-5, "high": 1e-1, "log": True, "grid_size": 5}
+
+
+def _is_old_output(section: Any) -> bool:
+    return isinstance(section, Mapping) and isinstance(section.get("tensorboard"), bool)
 
 
 def _is_old_compare(section: Any) -> bool:

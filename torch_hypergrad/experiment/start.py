@@ -77,7 +77,7 @@ def train_baseline(path: Path) -> int | None:
     if not wanted or config.method is None or config.train.fixed is not None:
         return None
     train = replace(config.train, fixed=START, hyper_every=None, warmup=0, episodes=1)
-    output = replace(config.output, folder=None, tensorboard=False)
+    output = replace(config.output, folder=None, loggers=[])
     print(
         "Training the same again without tuning, for the report (--baseline false does not).", file=sys.stderr
     )

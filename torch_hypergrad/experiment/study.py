@@ -120,7 +120,7 @@ class Search:
         """
         given = {key: self._choice(key, value) for key, value in settings.items()}
         config = replace(self.config, space={}, compare=CompareConfig())
-        quiet = replace(config.output, folder=None, tensorboard=False)
+        quiet = replace(config.output, folder=None, loggers=[])
         return config_with(asdict(replace(config, output=quiet)), given)
 
     def _choice(self, key: str, value: Any) -> Any:
