@@ -14,7 +14,12 @@ from typing import Any
 import pytest
 
 API = Path(__file__).parent.parent / "docs" / "api"
-PACKAGES = ("torch_hypergrad", "torch_hypergrad.bilevel", "torch_hypergrad.search")
+PACKAGES = (
+    "torch_hypergrad",
+    "torch_hypergrad.bilevel",
+    "torch_hypergrad.search",
+    "torch_hypergrad.experiment.tasks",
+)
 MODULES = (
     "torch_hypergrad.errors",
     "torch_hypergrad.testing",

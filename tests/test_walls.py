@@ -16,7 +16,7 @@ MAX_LINES = 400
 # From the bottom up. What stands on one line knows nothing of its neighbours;
 # what stands nowhere here is the user's layer, above all of these.
 ORDER = (
-    ("errors",),
+    ("errors", "extras"),
     ("ground",),
     ("device",),
     ("solvers", "updates"),

@@ -1,6 +1,6 @@
 """Both problems as problems of optimization: training to a tolerance, and tuning by scipy or over folds."""
 
-from ..errors import check_installed
+from ..extras import check_installed
 
 check_installed("bilevel", "numpy", "scipy", "sklearn")
 

@@ -1,6 +1,6 @@
 """The user's layer: from a configuration to a trained model, its report, and a resumed run."""
 
-from ..errors import check_installed
+from ..extras import check_installed
 
 PACKAGES = (
     *("jsonargparse", "yaml", "torchvision", "pandas", "PIL", "matplotlib", "sklearn", "tabulate", "jinja2"),

@@ -42,7 +42,7 @@ def check_edits(before: Mapping[str, Any], after: Mapping[str, Any], where: str)
 
 
 def told(changes: Mapping[str, Change]) -> str:
-    """``optimizer.options.lr was 0.1, is 0.2``, and so on."""
+    """``optimizer.lr was 0.1, is 0.2``, and so on."""
     return "; ".join(f"{path} was {before}, is {after}" for path, (before, after) in changes.items())
 
 

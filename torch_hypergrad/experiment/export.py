@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import check_installed
+from ..extras import check_installed
 from .config import ConfigError
 from .options import one_line
 from .trained import TrainedModel, load_run

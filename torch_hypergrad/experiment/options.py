@@ -121,7 +121,7 @@ def call_with_options(
     Args:
         function: a function or a class
         options: keyword arguments, as a configuration holds them
-        key: where they stand in the configuration, such as optimizer.options, for messages
+        key: where they stand in the configuration, such as optimizer, for messages
         args: positional arguments that come first
         skip: names that options may not give, those of ``args``
     Raises:

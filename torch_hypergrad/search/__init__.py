@@ -1,6 +1,6 @@
 """Search over what has no gradient, on Optuna's own objects, with hypergradients inside each trial."""
 
-from ..errors import check_installed
+from ..extras import check_installed
 
 check_installed("search", "numpy", "optuna")
 
