@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,76 @@ def test_an_earlier_end_is_refused(config: Config, tmp_path: Path, steps: int | 
     edit(tmp_path / "run", "train", steps=steps, epochs=None if steps else 30)
     with pytest.raises(ConfigError, match=r"train\.steps was 50, is (30|None)"):
         resume(tmp_path / "run")
+
+
+def test_a_finished_run_that_was_given_more_steps_is_refused(config: Config, tmp_path: Path) -> None:
+    """It has no checkpoint of its end to go on from, and is not as its configuration says."""
+    assert run_in(config, RunFolder(tmp_path / "run"), NO_STOP, quiet=True)
+    edit(tmp_path / "run", "output", log_every=1)
+    resume(tmp_path / "run")
+    edit(tmp_path / "run", "train", steps=99)
+    assert "is finished, and" in refused("resume", tmp_path / "run")
+    assert "train.steps was 50, is 99" in refused("resume", tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_dtype_is_refused(config: Config, tmp_path: Path) -> None:
+    """torch would load it, and convert it in silence."""
+    folder = RunFolder(tmp_path / "run")
+    run_in(config, folder, StopAfter(9), quiet=True)
+    state, _ = folder.load_checkpoint()
+    assert state is not None
+    name = next(iter(state["training"]["model"]))
+    state["training"]["model"][name] = state["training"]["model"][name].double()
+    folder.save_checkpoint(state["progress"]["step"] + 1, state, keep=2)
+    told = refused("resume", tmp_path / "run")
+    assert f"{name} is of torch.float64, and the network's of torch.float32." in told
+
+
+def killed_at(number: int, config: Config, folder: Path) -> bool:
+    """Trains in a process that is killed at its so-manyth access to files of the folder; whether it was."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of newer Pythons, for processes with threads
+        pid = os.fork()
+    if pid == 0:
+        seen = 0
+
+        def count(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal seen
+            if event in ACCESSES and arguments and str(folder) in str(arguments[0]):
+                seen += 1
+                if seen == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        signal.alarm(60)
+        sys.addaudithook(count)
+        code = 1
+        try:
+            code = 0 if run_in(config, RunFolder(folder), NO_STOP, quiet=True) else 1
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+ACCESSES = ("open", "os.mkdir", "os.rename", "os.remove", "os.truncate", "os.scandir", "os.listdir")
+
+
+@pytest.mark.parametrize("numbers", [range(1, 9), pytest.param(range(9, 41), marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_at_any_access_to_its_folder_goes_on(
+    config: Config, tmp_path: Path, numbers: range
+) -> None:
+    """The first accesses make the folder, the lock and the configuration; all of them are hit, one by one."""
+    config = replace(config, train=replace(config.train, steps=24, hyper_every=8))
+    whole = RunFolder(tmp_path / "whole")
+    assert run_in(config, whole, NO_STOP, quiet=True)
+    killed = 0
+    for number in numbers:
+        folder = tmp_path / f"killed-{number}"
+        killed += killed_at(number, config, folder)
+        assert run_in(config, RunFolder(folder), NO_STOP, quiet=True)
+        check_equal_runs(folder, whole.path)
+    assert killed == len(numbers)
 
 
 def test_a_report_tells_how_a_finished_run_was_trained(config: Config, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -264,6 +264,7 @@ class Run:
             if "config" in state:
                 trained, where = as_dict(config_of(today(state["config"]))), str(self.folder.config_file)
                 changes = check_edits(trained, as_dict(self.config), where)
+            _check_dtypes(state["training"]["model"], self.parts.model.state_dict())
             self.progress = Progress(**state["progress"])
             self.parts.training.load_state_dict(state["training"])
             if self.parts.scheduler is not None:
@@ -291,6 +292,13 @@ class Run:
         summary["kept_best"] = self.config.train.keep_best
         summary["stopped_early"] = self.progress.step < self.total
         self.folder.finish(summary, tuned, self.parts.model.state_dict(), pictures)
+
+
+def _check_dtypes(saved: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:
+    """torch would convert them in silence."""
+    for name, tensor in saved.items():
+        if name in here and tensor.dtype != here[name].dtype:
+            raise ValueError(f"{name} is of {tensor.dtype}, and the network's of {here[name].dtype}.")
 
 
 def is_hyper_step(config: Config, steps: int, step: int) -> bool:
