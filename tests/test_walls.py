@@ -86,7 +86,7 @@ EXPERIMENT_ORDER = (
     ("compare", "search"),
     ("seeds",),
 )
-TASKS_ORDER = (("base", "splits"), ("pictures",), ("images", "tabular", "text"))
+TASKS_ORDER = (("base", "splits", "tables"), ("checked", "pictures"), ("images", "tabular", "text"))
 EXPERIMENT_LEVEL = {name: level for level, names in enumerate(EXPERIMENT_ORDER) for name in names}
 # The first may not import the second, though it is lower: solvers know vectors alone.
 APART = {("solvers", "device"), ("solvers", "ground")}

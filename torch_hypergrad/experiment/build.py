@@ -27,6 +27,7 @@ from .options import find, make, one_line
 from .order import Shuffled
 from .plain import PlainTraining
 from .tasks import Split, Task
+from .tasks.checked import loaded
 from .values import read_values
 
 
@@ -75,6 +76,7 @@ def build(config: Config) -> Parts:
     tensors = {name: task.loss_tensor(name) for name in config.tune}
     example_logits = _example_logits(config, len(split.train), device)
     objective = Objective(task, split, device, train.precision == "bf16", example_logits)
+    objective.check(model)
     optimizer = make_optimizer(config.optimizer, "optimizer", list(model.parameters()))
     tensors |= {"example_weights": example_logits}
     training = (
@@ -91,10 +93,8 @@ def build(config: Config) -> Parts:
 @lru_cache(maxsize=2)
 def _load(task: str, seed: int, device: torch.device) -> tuple[Task, Split]:
     """The trials of a search share their data."""
-    loaded = make_task(json.loads(task))
-    split = loaded.load(seed).to(device)
-    loaded.to(device)
-    return loaded, split
+    made = make_task(json.loads(task))
+    return made, loaded(made, seed, device)
 
 
 def make_task(task: Named) -> Task:

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .stopping import TrainingError
 from .tasks.base import Batch, Examples, InMemory, Split, Task
+from .tasks.checked import blamed, check_losses
 
 EVALUATION_BATCH = 1000
 MOST_PREPARED = 2**28  # numbers of training inputs that are prepared once: 1 GiB in float32
@@ -44,6 +46,22 @@ class Objective:
         if isinstance(train, InMemory) and not task.random and train.inputs.numel() <= MOST_PREPARED:
             self._train = InMemory(task.inputs(train.inputs), train.targets)
 
+    @torch.no_grad()
+    def check(self, model: nn.Module) -> None:
+        """Tries the network and the losses on two examples.
+
+        Raises:
+            ConfigError: if they do not go together.
+        """
+        stored, targets = self.split.val.take(torch.arange(min(len(self.split.val), 2), device=self.device))
+        name = type(self.task).__name__
+        with evaluating(model), self._precision():
+            with blamed(f"model: the network, on inputs of {name},"):
+                outputs = model(self.task.inputs(stored))
+            with blamed(f"task: {name}.losses"):
+                losses = self.task.losses(outputs, targets)
+        check_losses(self.task, losses, len(targets))
+
     def train_loss(self, model: nn.Module, rows: Tensor) -> Tensor:
         """Mean loss of the training examples ``rows``, weighted where examples have weights."""
         inputs, targets = self._train_batch(rows)
@@ -74,10 +92,12 @@ class Objective:
                 loss = loss + self.task.losses(outputs, targets).sum()
                 true.append(targets)
                 for name, metric in metrics.items():
-                    told[name].append(metric.told(outputs.float()))
-        found = {
-            name: float(metric.function(_array(true), _array(told[name]))) for name, metric in metrics.items()
-        }
+                    with self._blamed(name):
+                        told[name].append(metric.told(outputs.float(), targets))
+        found = {}
+        for name, metric in metrics.items():
+            with self._blamed(name):
+                found[name] = float(metric.function(_array(true), _array(told[name])))
         return {"loss": loss.item() / num, **found}
 
     def prepare(self, rows: Tensor) -> None:
@@ -90,6 +110,9 @@ class Objective:
         stored, targets = self.split.train.take(rows)
         with self._precision():
             return Batch(self.task.train_inputs(stored), targets)
+
+    def _blamed(self, metric: str) -> AbstractContextManager[None]:
+        return blamed(f"Training stopped: the metric {metric} of {type(self.task).__name__}", TrainingError)
 
     def _precision(self) -> AbstractContextManager[None]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .build import Parts
 from .objective import evaluating
+from .stopping import TrainingError
 from .tasks import Task
+from .tasks.checked import blamed
 
 
 def words_of(task: Task) -> dict[str, Any]:
@@ -54,11 +56,13 @@ def tuned_of(parts: Parts, start: dict[str, Tensor], values: dict[str, Tensor]) 
     """First and last values, and what the task's own pictures need."""
     logits = parts.objective.example_logits
     weights = None if logits is None else logits.detach().sigmoid()
+    with blamed(f"Training stopped: {type(parts.task).__name__}.keepsakes", TrainingError):
+        kept = parts.task.keepsakes(parts.split, weights)
     found: dict[str, Any] = {
         "start": {name: value.cpu() for name, value in start.items()},
         "values": {name: value.cpu() for name, value in values.items()},
         "model": {name: list(param.shape) for name, param in parts.model.named_parameters()},
-        **parts.task.keepsakes(parts.split, weights),
+        **kept,
     }
     if weights is not None:
         wrong = parts.split.wrong
@@ -70,7 +74,10 @@ def tuned_of(parts: Parts, start: dict[str, Tensor], values: dict[str, Tensor]) 
 def pictures_of(parts: Parts, values: dict[str, Tensor]) -> list[tuple[str, bytes]]:
     """The task's own pictures: captions, and PNG."""
     found = []
-    with evaluating(parts.model):
+    with (
+        blamed(f"Training stopped: {type(parts.task).__name__}.figures", TrainingError),
+        evaluating(parts.model),
+    ):
         for caption, figure in parts.task.figures(parts.model, parts.split, values).items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png", dpi=130)

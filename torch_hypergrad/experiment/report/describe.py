@@ -136,6 +136,7 @@ def facts(run: RecordedRun) -> list[tuple[str, str]]:
     every = [
         ("State", state(run)),
         ("Data", _data(run)),
+        ("Loss", run.words.loss),
         ("Model", _model(run)),
         ("Optimizer", _with_options(run.config["optimizer"])),
         ("Hyper steps", _hyper_steps(run)),

@@ -93,6 +93,11 @@ class Joined(Examples):
         order = torch.cat([(~of_second).nonzero(), of_second.nonzero()]).flatten().argsort()
         return Batch(*(torch.cat(pair)[order] for pair in zip(*parts)))
 
+    def prepare(self, rows: Tensor) -> None:
+        of_second = rows >= len(self.first)
+        self.first.prepare(rows[~of_second])
+        self.second.prepare(rows[of_second] - len(self.first))
+
     def to(self, device: torch.device) -> Joined:
         return Joined(self.first.to(device), self.second.to(device))
 
@@ -135,18 +140,18 @@ class Metric:
 
     Args:
         function: of all targets and all that was told, as arrays; those of ``sklearn.metrics`` are such.
-        told: makes of a batch of outputs what ``function`` takes.
+        told: makes of a batch of outputs, and its targets, what ``function`` takes.
         higher_is_better: which way is up.
         percent: whether it is a fraction, shown in percent.
     """
 
     function: Callable[[np.ndarray, np.ndarray], float]
-    told: Callable[[Tensor], Tensor]
+    told: Callable[[Tensor, Tensor], Tensor]
     higher_is_better: bool = True
     percent: bool = False
 
 
-def most_likely(logits: Tensor) -> Tensor:
+def most_likely(logits: Tensor, targets: Tensor) -> Tensor:
     """(n, classes) to (n,): the class of the highest logit."""
     return logits.argmax(1)
 
@@ -245,8 +250,7 @@ class Task(ABC):
         )
 
     def keepsakes(self, split: Split, weights: Tensor | None) -> dict[str, Any]:
-        """Tensors, lists and numbers that a report draws; ``weights`` are the tuned ones of examples, if "
-        "any."""
+        """Tensors, lists and numbers that a report draws; ``weights`` are the tuned ones of examples."""
         return {}
 
     def figures(self, network: nn.Module, split: Split, values: Mapping[str, Tensor]) -> Mapping[str, Figure]:

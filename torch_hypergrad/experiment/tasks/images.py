@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..config import ConfigError
 from ..networks import Augmenter, random_crop_flip, random_flip
 from .base import Examples, InMemory, Metric, Split, Task, most_likely
-from .pictures import Place, Pool, read_pictures, read_source
+from .pictures import MANY, Place, Pool, read_pictures, read_source
 from .splits import Sizes, add_label_noise, check_label_noise
 
 AUGMENT: dict[str, Callable[[Tensor], Tensor]] = {
@@ -24,9 +26,8 @@ AUGMENT: dict[str, Callable[[Tensor], Tensor]] = {
     "crop_flip": random_crop_flip,
 }
 PART_OF_MEMORY = 0.25  # of what is free: more pictures than fill it are decoded on the way
-MOST_MEASURED = (
-    10_000  # pictures of which mean and standard deviation are taken, where they are not in memory
-)
+MOST_MEASURED = 10_000  # pictures of which mean and deviation are taken, where they are not in memory
+FEW = 2**20  # bytes of pictures that are measured at a time
 NUM_LOWEST, NUM_AUGMENTED, NUM_DRAWS = 40, 8, 4
 
 
@@ -46,8 +47,9 @@ class ImageClassification(Task):
         download: fetch a missing dataset of torchvision into root.
         image_size: image_folder alone: pictures are resized to so many pixels a side. null takes the size of
             the first picture, which all must have.
-        in_memory: image_folder alone: decode all pictures at the start, or each when it is needed. null
-            decodes them at the start if they fit into a quarter of the free memory.
+        in_memory: image_folder alone: decode all pictures at the start, or each when it is needed; then
+            mean and standard deviation are those of the first 10,000. null decodes them at the start if they
+            fit into a quarter of the free memory.
         train_size: number of training images. null takes what is left.
         val_size: number of validation images, split off the training images.
         test_size: number of test images. null takes the whole test set, or where the data has none of its
@@ -98,15 +100,18 @@ class ImageClassification(Task):
         labels[0], wrong = add_label_noise(labels[0], self.label_noise, len(source.classes), generator)
         at_once = self._fits(source.pool, sum(map(len, rows)))
         train, val, test = (_examples(*each, at_once) for each in zip(pools, rows, labels))
-        some = rows[0] if at_once else rows[0][:MOST_MEASURED]
-        images = train.inputs if isinstance(train, InMemory) else source.pool.read(some)
-        self.mean, self.std = (numbers.view(-1, 1, 1) for numbers in mean_and_std(images))
-        self.classes, self.input_shape, self.num_outputs = (
-            source.classes,
-            source.pool.shape(),
-            len(source.classes),
-        )
+        self.classes, self.input_shape = source.classes, source.pool.shape()
+        self.num_outputs = len(self.classes)
+        num = len(train) if isinstance(train, InMemory) else min(len(train), MOST_MEASURED)
+        measured = mean_and_std(self._some(train, num))
+        self.mean, self.std = (numbers.view(-1, 1, 1) for numbers in measured)
         return Split(train, val, test, wrong if self.label_noise else None)
+
+    def _some(self, examples: Examples, num: int) -> Iterator[Tensor]:
+        """The first images, few at a time."""
+        parts = torch.arange(num, device=self.mean.device).split(max(1, FEW // prod(self.input_shape)))
+        for rows in tqdm(parts, "measuring pictures", disable=num < MANY, leave=False):
+            yield examples.take(rows).inputs
 
     def _fits(self, pool: Pool, num: int) -> bool:
         channels, height, width = pool.shape()
@@ -178,10 +183,10 @@ class ImageClassification(Task):
     @torch.no_grad()
     def keepsakes(self, split: Split, weights: Tensor | None) -> dict[str, Any]:
         """The mean image, the images of least weight, and what the augmentation makes of some."""
-        some = torch.arange(min(len(split.train), MOST_MEASURED))
-        device = self.mean.device
+        num, device = min(len(split.train), MOST_MEASURED), self.mean.device
+        total: Any = sum(part.sum(0, dtype=torch.int64) for part in self._some(split.train, num))
         found: dict[str, Any] = {
-            "mean_image": split.train.take(some.to(device)).inputs.float().mean(0).cpu() / 255,
+            "mean_image": (total.double() / num / 255).float().cpu(),
             "classes": list(self.classes),
         }
         if weights is not None:
@@ -195,7 +200,8 @@ class ImageClassification(Task):
                 "wrong": wrong[lowest],
             }
         if self.augmenter is not None:
-            before = pixels(split.train.take(some[:NUM_AUGMENTED].to(device)).inputs)
+            some = torch.arange(min(len(split.train), NUM_AUGMENTED), device=device)
+            before = pixels(split.train.take(some).inputs)
             after = torch.stack([self.augmenter(before) for _ in range(NUM_DRAWS)])
             found["augmented"] = {"before": before.cpu(), "after": after.clamp(0, 1).cpu()}
         return found
@@ -210,18 +216,13 @@ def pixels(images: Tensor) -> Tensor:
     return images.to(torch.get_default_dtype()) / 255 if images.dtype == torch.uint8 else images
 
 
-def mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_std(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Of each channel, with pixels from 0 to 1; a standard deviation of 1 for a channel that is constant.
 
-    By counting the 256 values of a pixel, some images at a time: exact, with few of them in float.
+    By counting the 256 values of a pixel, some images at a time: exact, with none of them in float.
     """
-    parts = images.split(1024)
-    counts = (
-        torch.stack([torch.stack([_count(channel) for channel in part.unbind(1)]) for part in parts])
-        .sum(0)
-        .double()
-    )
-    shares, values = counts / counts.sum(1, keepdim=True), torch.arange(256).double() / 255
+    counts: Any = sum(torch.stack([_count(channel) for channel in part.unbind(1)]) for part in parts)
+    shares, values = counts / counts.sum(1, keepdim=True).double(), torch.arange(256).double() / 255
     mean = shares @ values
     std = (shares * (values - mean[:, None]).square()).sum(1).sqrt()
     return mean.float(), torch.where(std > 0, std, 1.0).float()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..options import one_line
 from .base import Batch, Examples, InMemory
 
 MANY = 2000  # pictures of which decoding shows a progress bar
+MOST_KEPT = 2**27  # bytes of pictures that stay decoded; the last batch always does
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class DecodedOnTheWay(Examples):
     ) -> None:
         self._files, self._rows, self._labels, self._device = files, rows, labels, device
         self._ahead = ThreadPoolExecutor(1)
-        self._recent: OrderedDict[bytes, Future[Tensor]] = OrderedDict()
+        self._recent: OrderedDict[tuple[int, ...], Future[Tensor]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -122,15 +124,13 @@ class DecodedOnTheWay(Examples):
         return DecodedOnTheWay(self._files, self._rows, self._labels, device)
 
     def _begun(self, rows: Tensor) -> Future[Tensor]:
-        key = rows.numpy().tobytes()
+        key = tuple(rows.tolist())
         if key not in self._recent:
             self._recent[key] = self._ahead.submit(self._files.read, self._rows[rows])
-            if len(self._recent) > MOST_RECENT:
+            size = prod(self._files.shape())
+            while len(self._recent) > 1 and size * sum(map(len, self._recent)) > MOST_KEPT:
                 self._recent.popitem(last=False)
         return self._recent[key]
-
-
-MOST_RECENT = 4  # batches
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,83 +20,14 @@ from ..config import ConfigError
 from ..options import one_line
 from .base import InMemory, Metric, Split, Task, most_likely
 from .splits import Sizes, add_label_noise, check_label_noise
+from .tables import MOST_LEVELS, Columns, as_number, listed, read_table
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-MOST_LEVELS = 100  # of a column of words: more are an identifier, or a text
+MOST_CLASSES = 10 * MOST_LEVELS
 MOST_BARS = 40
-
-
-@dataclass(frozen=True)
-class Columns:
-    """How a table becomes numbers: columns of numbers less their mean over their standard deviation, both of
-    the training rows; of a column of words one number for each word there, 1 where it stands. A missing
-    number is the mean, a missing or new word nothing.
-
-    Args:
-        numbers: mean and standard deviation by column.
-        words: the words by column.
-    """
-
-    numbers: dict[str, tuple[float, float]]
-    words: dict[str, list[str]]
-
-    @classmethod
-    def of(cls, table: pandas.DataFrame) -> Columns:
-        """Of training rows.
-
-        Raises:
-            ConfigError: a column of too many words.
-        """
-        from pandas.api.types import is_bool_dtype, is_numeric_dtype
-
-        numbers, words = {}, {}
-        for name, column in table.items():
-            if is_numeric_dtype(column) and not is_bool_dtype(column):
-                mean, std = float(column.mean()), float(column.std(ddof=0))
-                if np.isfinite([mean, std]).all():
-                    numbers[str(name)] = (mean, std if std > 0 else 1.0)
-                elif column.notna().any():
-                    raise ConfigError(f"task.data: column {name} has infinite numbers. Mend them.")
-            else:
-                levels = sorted(column.dropna().astype(str).unique())
-                if len(levels) > MOST_LEVELS:
-                    raise ConfigError(
-                        f"task.data: column {name} has {len(levels)} words in the training rows, more than "
-                        f"{MOST_LEVELS}. Leave it out: task.drop: [{name}]."
-                    )
-                words[str(name)] = levels
-        return cls(numbers, words)
-
-    @property
-    def names(self) -> list[str]:
-        """Of the numbers that :meth:`encode` gives."""
-        return [*self.numbers, *(f"{name}={word}" for name, levels in self.words.items() for word in levels)]
-
-    def encode(self, table: pandas.DataFrame) -> Tensor:
-        """(rows, columns) float32.
-
-        Raises:
-            ConfigError: columns that are missing, or hold words where numbers were.
-        """
-        missing = [name for name in (*self.numbers, *self.words) if name not in table]
-        if missing:
-            raise ConfigError(
-                f"The table lacks {', '.join(missing[:5])}; it has {', '.join(map(str, table))}."
-            )
-        try:
-            parts = [
-                ((table[name].astype(float) - mean) / std).fillna(0.0).to_numpy()
-                for name, (mean, std) in self.numbers.items()
-            ]
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"A column of numbers holds something else: {one_line(error)}.") from error
-        for name, levels in self.words.items():
-            column = table[name].astype(str)
-            parts += [(column == word).to_numpy() for word in levels]
-        return torch.from_numpy(np.stack(parts, 1).astype(np.float32))
 
 
 class Table(Task):
@@ -127,13 +59,11 @@ class Table(Task):
         self.columns = Columns({}, {})
 
     def load(self, seed: int) -> Split:
-        table = _read(self.data)
-        for name in (self.target, *self.drop):
+        source = f"task.data: {self.data}"
+        table = read_table(self.data, source)
+        for key, name in (("target", self.target), *(("drop", name) for name in self.drop)):
             if name not in table:
-                raise ConfigError(
-                    f"task: {self.data} has no column {name}. It has {', '.join(map(str, table))}. Name one "
-                    "of them in task.target or task.drop."
-                )
+                raise ConfigError(f"task.{key}: {self.data} has no column {name}. It has {listed(table)}.")
         target, table = table[self.target], table.drop(columns=[self.target, *self.drop])
         if target.isna().any():
             raise ConfigError(
@@ -145,7 +75,7 @@ class Table(Task):
         self.columns = Columns.of(table.iloc[rows[0].numpy()])
         if not self.columns.names:
             raise ConfigError(f"task.data: {self.data} has no column beside {self.target} to learn from.")
-        inputs, targets = self.columns.encode(table), self._targets(target, rows[0])
+        inputs, targets = self.columns.encode(table, source), self._targets(target, rows[0])
         self.input_shape = (inputs.shape[1],)
         train, val, test = (InMemory(inputs[part], targets[part]) for part in rows)
         noisy, wrong = self._noisy(train.targets, generator)
@@ -168,12 +98,11 @@ class Table(Task):
 
     @torch.no_grad()
     def predict(self, network: nn.Module, files: Sequence[Path]) -> list[Sequence[str]]:
-        """For each row of the files: file and number of the row, counted from 1, and what the network "
-        "says."""
+        """For each row of the files: file and number of the row, from 1, and what the network says."""
         found: list[Sequence[str]] = []
         for file in files:
-            table = _read(str(file))
-            cells = self._in_words(network(self.columns.encode(table)))
+            table = read_table(str(file), str(file), self.columns.words)
+            cells = self._in_words(network(self.columns.encode(table, str(file))))
             found += [(f"{file}:{row}", *said) for row, said in enumerate(cells, start=1)]
         return found
 
@@ -183,14 +112,13 @@ class Table(Task):
 
     def figures(self, network: nn.Module, split: Split, values: Mapping[str, Tensor]) -> Mapping[str, Figure]:
         """Tuned values by column, of each setting that has one for each weight of the first layer."""
+        matrices = [name for name, param in network.named_parameters() if param.ndim == 2]
         found = {}
         for name, value in values.items():
-            if value.ndim == 2 and value.shape[1] == len(self.columns.names) and "/" in name:
-                setting, _, tensor = name.partition("/")
-                caption = (
-                    f"Learned {setting.replace('_', ' ')} of {tensor} by column, geometric means over outputs"
-                )
-                found[f"{caption}; the largest first."] = _bars(setting, self.columns.names, value.cpu())
+            setting, _, tensor = name.partition("/")
+            if matrices[:1] == [tensor] and value.shape[1:] == self.input_shape:
+                caption = f"Learned {setting.replace('_', ' ')} of {tensor} by column, the largest first"
+                found[f"{caption}{_mean_over(value)}."] = _bars(setting, self.columns.names, value.cpu())
         return found
 
 
@@ -198,7 +126,7 @@ class TabularRegression(Table):
     """Tells a number; the loss is the squared error in units of the target's variance over the training rows.
     Arguments as of :class:`Table`."""
 
-    loss = "squared error (of the target's variance)"
+    loss = "squared error, standardized"
 
     def _targets(self, target: pandas.Series, train_rows: Tensor) -> Tensor:
         try:
@@ -220,8 +148,8 @@ class TabularRegression(Table):
 
     def metrics(self) -> Mapping[str, Metric]:
         return {
-            "R2": Metric(r2_score, torch.flatten),
-            "RMSE": Metric(self._rmse, torch.flatten, higher_is_better=False),
+            "R2": Metric(_r2, _flat),
+            "RMSE": Metric(self._rmse, _flat, higher_is_better=False),
         }
 
     def _rmse(self, true: np.ndarray, told: np.ndarray) -> float:
@@ -246,6 +174,15 @@ class TabularRegression(Table):
         told, true = (self.mean + self.std * each.flatten().cpu() for each in (network(inputs), targets))
         caption = f"What the network tells of {self.target} on the test rows, beside what is true."
         return {caption: _scatter(self.target, told, true), **super().figures(network, split, values)}
+
+
+def _flat(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs.flatten()
+
+
+def _r2(true: np.ndarray, told: np.ndarray) -> float:
+    """Of one row there is none, as it has no variance."""
+    return float(r2_score(true, told)) if len(true) > 1 else math.nan
 
 
 class TabularClassification(Table):
@@ -273,11 +210,11 @@ class TabularClassification(Table):
 
     def _targets(self, target: pandas.Series, train_rows: Tensor) -> Tensor:
         words = target.astype(str)
-        self.classes = tuple(sorted(words.unique(), key=_as_number))
-        if not 2 <= len(self.classes) <= MOST_LEVELS * 10:
+        self.classes = tuple(sorted(words.unique(), key=as_number))
+        if not 2 <= len(self.classes) <= MOST_CLASSES:
             raise ConfigError(
                 f"task.target: {self.target} has {len(self.classes)} different values, and classes are at "
-                f"least 2 and at most {MOST_LEVELS * 10}. Take another column, or TabularRegression for "
+                f"least 2 and at most {MOST_CLASSES}. Take another column, or TabularRegression for "
                 "numbers."
             )
         self.num_outputs = len(self.classes)
@@ -310,63 +247,14 @@ class TabularClassification(Table):
         return [(self.classes[place], f"{share:.3f}") for place, share in pairs]
 
 
-# ---- reading -----------------------------------------------------------------------------------------------
-
-
-def _read(data: str) -> pandas.DataFrame:
-    """Raises ConfigError."""
-    if data in _EMBEDDED:
-        return _EMBEDDED[data]()
-    import pandas as pd  # slow to import
-
-    file = Path(data).expanduser()
-    readers: dict[str, Callable[[Path], pandas.DataFrame]] = {
-        ".csv": pd.read_csv, ".tsv": lambda path: pd.read_csv(path, sep="\t"), ".parquet": pd.read_parquet,
-    }  # fmt: skip
-    kind = file.with_suffix("").suffix if file.suffix in (".gz", ".xz", ".zip", ".bz2") else file.suffix
-    if kind not in readers:
-        raise ConfigError(
-            f"task.data: got {data}, expected a file that ends in {', '.join(readers)}, or one of "
-            f"scikit-learn's tables: {', '.join(_EMBEDDED)}."
-        )
-    if not file.is_file():
-        raise ConfigError(f"task.data: {file} is no file.")
-    try:
-        return readers[kind](file).rename(columns=str)
-    except Exception as error:  # damaged files fail in many ways
-        raise ConfigError(f"task.data: {file} cannot be read ({one_line(error)}).") from error
-
-
-def _embedded(name: str, **options: Any) -> Callable[[], pandas.DataFrame]:
-    def load() -> pandas.DataFrame:
-        from sklearn import datasets  # slow to import
-
-        bunch = getattr(datasets, f"load_{name}")(as_frame=True, **options)
-        table = bunch.frame
-        if "target_names" in bunch:
-            table = table.assign(target=[str(bunch.target_names[label]) for label in bunch.target])
-        return table
-
-    return load
-
-
-_EMBEDDED = {
-    "diabetes": _embedded("diabetes", scaled=False),
-    "iris": _embedded("iris"),
-    "wine": _embedded("wine"),
-    "breast_cancer": _embedded("breast_cancer"),
-}
-
-
-def _as_number(word: str) -> tuple[float, str]:
-    """Classes that are numbers in their order, before words."""
-    try:
-        return float(word), word
-    except ValueError:
-        return float("inf"), word
-
-
 # ---- pictures ----------------------------------------------------------------------------------------------
+
+
+def _mean_over(value: Tensor) -> str:
+    """How :func:`_bars` puts together what a column has for each output."""
+    if len(value) == 1:
+        return ""
+    return f"; {'geometric ' if bool((value > 0).all()) else ''}means over {len(value)} units"
 
 
 def _bars(setting: str, names: Sequence[str], value: Tensor) -> Figure:
