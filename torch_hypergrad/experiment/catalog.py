@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from types import ModuleType
 
@@ -68,10 +69,16 @@ def arguments_of(section: str, name: str) -> str:
             f"--{section} is one of {', '.join(KNOWN[section]())}; --{section}.help NAME lists its arguments."
         )
     kind = find({"name": name}, KNOWN[section](), BASES[section], section)
-    parser = ArgumentParser(
-        exit_on_error=False, prog="", usage=f"--{section} {name} [--{section}.ARGUMENT VALUE ...]"
-    )
+    usage = f"--{section} {name} [--{section}.ARGUMENT VALUE ...]"
+    parser = ArgumentParser(exit_on_error=False, prog="", usage=usage, add_help=False)
     add = parser.add_class_arguments if inspect.isclass(kind) else parser.add_function_arguments
     taken = GIVEN.intersection(inspect.signature(kind).parameters)
     add(kind, section, skip=taken, fail_untyped=False)
-    return parser.format_help()
+    text = parser.format_help().replace(f"  --{section} CONFIG{NO_FILE}", "")
+    for pattern, plain in MARKUP:
+        text = re.sub(pattern, plain, text)
+    return text
+
+
+NO_FILE = "\n                        Path to a configuration file."
+MARKUP = ((r"Unvalidated<(\w+)>", r"\1"), (r":\w+:`([^`]*)`", r"\1"), (r"``([^`]*)``", r"\1"))
