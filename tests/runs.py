@@ -30,7 +30,7 @@ method: {name: Unrolled, max_snapshots: 5}
 hyper_optimizer: {name: Adam, lr: 0.05}
 train: {steps: 50, batch_size: 16, hyper_every: 15, warmup: 7, val_batch_size: 20, \
 clip_norm: 1.0, threads: 1, seed: 5}
-output: {checkpoint_every: 9, log_every: 3, loggers: []}
+output: {checkpoint_every: 9, log_every: 3, loggers: [], baseline: false}
 """
 IMPLICIT = """
 task: {name: ImageClassification, train_size: 60, val_size: 40, test_size: 50, label_noise: 0.3}
@@ -43,7 +43,7 @@ tune:
   augmentation: {}
 method: {name: Implicit, solver: {name: Neumann, num_terms: 4, damping: 1.0}, num_batches: 3}
 train: {epochs: 20, batch_size: 20, hyper_every: 10, warmup: 5, scheduler_every: epoch, threads: 1}
-output: {checkpoint_every: 9, log_every: 3, loggers: []}
+output: {checkpoint_every: 9, log_every: 3, loggers: [], baseline: false}
 """
 SCHEDULE = """
 task: {name: ImageClassification, train_size: 60, val_size: 40, test_size: 50}
@@ -52,7 +52,7 @@ optimizer: {name: SGD, lr: 0.05, momentum: 0.5}
 tune: {lr: {per: step, log: true}}
 method: {name: Unrolled}
 train: {steps: 12, episodes: 6, batch_size: 20, threads: 1}
-output: {checkpoint_every: 5, log_every: 3, loggers: []}
+output: {checkpoint_every: 5, log_every: 3, loggers: [], baseline: false}
 """
 PLAIN = """
 task: {name: ImageClassification, train_size: 60, val_size: 40, test_size: 50, augment: crop_flip}
@@ -60,7 +60,7 @@ model: {name: CNN, width: 4, dropout: 0.2}
 optimizer: {name: SGD, lr: 0.05, momentum: 0.9}
 method: null
 train: {steps: 30, batch_size: 8, part: train_and_val, clip_norm: 0.5, threads: 1}
-output: {checkpoint_every: 7, log_every: 1, loggers: [tensorboard]}
+output: {checkpoint_every: 7, log_every: 1, loggers: [tensorboard], baseline: false}
 """
 CONFIGURATIONS = {"unrolled": UNROLLED, "implicit": IMPLICIT, "schedule": SCHEDULE, "plain": PLAIN}
 

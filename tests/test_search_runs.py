@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import signal
@@ -49,11 +51,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def searched(file: Path) -> tuple[Path, str]:
-    folder = file.parent / "out"
-    arguments = ["search", "--config", file, "--output.folder", folder, "--trials", 5, "--workers", 2]
-    done = run_command(*arguments)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout + done.stderr
+    folder, out = file.parent / "out", io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        assert main(["search", "--config", str(file), "--output.folder", str(folder), "--trials=5"]) == 0
+    return folder, out.getvalue()
 
 
 def study_of(folder: Path, name: str = "small") -> optuna.Study:
@@ -107,6 +108,15 @@ def test_a_study_goes_on(searched: tuple[Path, str], file: Path) -> None:
     assert before.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("*/model.pt")}.items()
 
 
+def test_workers_are_processes(file: Path, tmp_path: Path) -> None:
+    arguments = ["search", "--config", file, "--output.folder", tmp_path / "out", "--workers", 2]
+    done = run_command(*arguments, "--trials", 4, "--sampler=random")
+    assert done.returncode == 0, done.stderr
+    trials = study_of(tmp_path / "out").trials
+    assert len([trial for trial in trials if trial.value is not None]) in (4, 5), "both may begin the last"
+    assert done.stderr.count("validation loss") == len(trials)
+
+
 def test_workers_elsewhere_join_by_the_url(file: Path, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     for folder, trials in (("here", 2), ("there", 4)):
@@ -119,7 +129,7 @@ def test_workers_elsewhere_join_by_the_url(file: Path, tmp_path: Path) -> None:
 def test_a_stopped_search_goes_on_with_its_trial(file: Path, tmp_path: Path) -> None:
     arguments = [
         *("search", "--config", file, "--output.folder", tmp_path / "out", "--trials", 1, "--sampler=random"),
-        *("--train.steps=3000", "--train.hyper_every=1500", "--output.checkpoint_every=50"),
+        *("--train.steps=1200", "--train.hyper_every=600", "--output.checkpoint_every=50"),
     ]
     process = subprocess.Popen(
         command(*arguments),

@@ -103,6 +103,7 @@ print(peak(200) - first)
 """
 
 
+@pytest.mark.slow
 def test_pictures_decoded_on_the_way_take_the_memory_of_some_batches(tmp_path: Path) -> None:
     """200 pictures of 300 KB, 61 MB in all, beside 20 of them, in batches of 10, of which three are kept."""
     root = pictures(tmp_path / "pictures", 240, 320)

@@ -36,7 +36,7 @@ optimizer: {name: SGD, lr: 0.1, momentum: 0.9}
 tune: {weight_decay: {init: 1.0e-2, log: true}}
 method: {name: Implicit, solver: {name: CG, damping: 0.1}}
 train: {steps: 40, batch_size: 20, warmup: 10, hyper_every: 10, threads: 1}
-output: {loggers: []}
+output: {loggers: [], baseline: false}
 """
 
 

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from .config import ConfigError, Named
@@ -116,9 +115,11 @@ def resnet18(input_shape: Shape, num_outputs: int, norm: Literal["batch", "group
         num_outputs: number of logits
         norm: group is GroupNorm of 32 groups, the same in training and testing
     """
+    from torchvision.models import resnet18 as made  # slow to import
+
     channels, _, _ = _image(input_shape)
     layer = nn.BatchNorm2d if norm == "batch" else partial(nn.GroupNorm, 32)
-    model = torchvision.models.resnet18(num_classes=num_outputs, norm_layer=layer)
+    model = made(num_classes=num_outputs, norm_layer=layer)
     model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()

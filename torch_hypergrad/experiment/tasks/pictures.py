@@ -12,20 +12,21 @@ from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from tqdm import tqdm
 
 from ..config import ConfigError
 from ..options import one_line
 from .base import Batch, Examples, InMemory
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10, MNIST  # slow to import, and not needed for digits
 
 MANY = 2000  # pictures of which decoding shows a progress bar
 MOST_KEPT = 2**27  # bytes of pictures that stay decoded; the last batch always does
@@ -157,7 +158,9 @@ def _digits(place: Place) -> Source:
 
 
 def _torchvision(place: Place) -> Source:
-    root, dataset = Path(place.root).expanduser(), _TORCHVISION[place.data]
+    from torchvision import datasets
+
+    root, dataset = Path(place.root).expanduser(), getattr(datasets, _TORCHVISION[place.data])
     missing = [file for file in _files_of(dataset) if not (root / file).is_file()]
     if missing and not place.download:
         raise ConfigError(
@@ -188,6 +191,8 @@ def _what_failed(place: Place, root: Path, files: Sequence[str], error: Exceptio
 
 def _files_of(dataset: type[MNIST | CIFAR10]) -> list[str]:
     """What torchvision reads, relative to the root."""
+    from torchvision.datasets import CIFAR10
+
     if issubclass(dataset, CIFAR10):
         names = [name for name, _ in dataset.train_list + dataset.test_list] + [dataset.meta["filename"]]
         return [f"{dataset.base_folder}/{name}" for name in names]
@@ -252,6 +257,8 @@ def _samples(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
             f"task.root: {folder} holds {len(classes)} folders, and classes are at least two. Expected "
             "ROOT/train/CLASS/* and ROOT/test/CLASS/*, or ROOT/CLASS/*."
         )
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
     samples = make_dataset(
         folder, {name: label for label, name in enumerate(classes)}, IMG_EXTENSIONS, allow_empty=True
     )
@@ -330,11 +337,7 @@ def _open(path: str) -> Image.Image:
         ) from error
 
 
-_TORCHVISION: dict[str, type[MNIST | CIFAR10]] = {
-    "mnist": MNIST,
-    "fashion_mnist": FashionMNIST,
-    "cifar10": CIFAR10,
-}
+_TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 _SOURCES: dict[str, Callable[[Place], Source]] = {
     "digits": _digits,
     "image_folder": _image_folder,
