@@ -33,6 +33,7 @@ from torch_hypergrad.experiment.config import Config, ConfigError
 from torch_hypergrad.experiment.loop import Run
 from torch_hypergrad.experiment.options import one_line
 from torch_hypergrad.experiment.parsing import read_config
+from torch_hypergrad.experiment.report import write_report
 from torch_hypergrad.experiment.report.read import read_run
 from torch_hypergrad.experiment.run_folder import RunFolder
 from torch_hypergrad.experiment.start import folder_of, last_run, resume, run_in, train
@@ -256,6 +257,65 @@ def test_a_run_that_is_killed_at_any_access_to_its_folder_goes_on(
         assert run_in(config, RunFolder(folder), NO_STOP, quiet=True)
         check_equal_runs(folder, whole.path)
     assert killed == len(numbers)
+
+
+def test_a_run_of_version_0_1_is_reported_and_goes_on(tmp_path: Path) -> None:
+    """Its files are in the spelling of before: the configuration, the one in the checkpoint, the summary."""
+    content = yaml.safe_load(CONFIGURATIONS["unrolled"])
+    config = read_config_of(content, tmp_path)
+    assert run_in(config, RunFolder(tmp_path / "whole"), NO_STOP, quiet=True)
+    folder = RunFolder(tmp_path / "old")
+    run_in(config, folder, StopAfter(20), quiet=True)
+    state, _ = folder.load_checkpoint()
+    assert state is not None
+    state["config"] = in_old_spelling(state["config"])
+    for key in ("best_step", "best_val_loss", "num_no_better"):
+        del state["progress"][key]
+    folder.save_checkpoint(state["progress"]["step"], state, keep=1)
+    folder.config_file.write_text(
+        yaml.safe_dump(in_old_spelling(yaml.safe_load(folder.config_file.read_text())))
+    )
+    resume(folder.path)
+    ours, theirs = (torch.load(path / "model.pt") for path in (folder.path, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    summary = json.loads(folder.summary_file.read_text())
+    summary["config"] = in_old_spelling(summary["config"])
+    del summary["words"]
+    folder.summary_file.write_text(json.dumps(summary))
+    resume(folder.path)
+    run = read_run(folder.path)
+    assert run.config["train"]["fixed"] is None
+    assert run.config["optimizer"] == {"name": "Adam", "lr": 0.003, "eps": 1e-4}
+    page = write_report([folder.path]).read_text()
+    assert "digits: 60 training, 40 validation and 50 test images" in page
+
+
+def read_config_of(content: dict[str, Any], folder: Path) -> Config:
+    (folder / "new.yaml").write_text(yaml.safe_dump(content))
+    return read_config(folder / "new.yaml")
+
+
+def in_old_spelling(content: dict[str, Any]) -> dict[str, Any]:
+    """As version 0.1 wrote it, with the keys that it had."""
+    task, train = dict(content["task"]), dict(content["train"])
+    data = {"name": "digits", **{key: value for key, value in task.items() if key != "name"}}
+    old = {"data": {**data, "train_on": train.pop("part")}}
+    for section in ("model", "optimizer", "hyper_optimizer"):
+        options = {key: value for key, value in content[section].items() if key != "name"}
+        old[section] = {"name": content[section]["name"], "options": options}
+    old["model"]["name"] = {"CNN": "cnn"}[old["model"]["name"]]
+    options = {key: value for key, value in content["scheduler"].items() if key != "name"}
+    scheduler = {"name": content["scheduler"]["name"], "options": options}
+    old["scheduler"] = {**scheduler, "every": train.pop("scheduler_every")}
+    old["method"] = {"name": "unrolled", "solver": None, "truncation": None, **{
+        key: value for key, value in content["method"].items() if key != "name"
+    }}  # fmt: skip
+    for key in ("fixed", "patience", "keep_best"):
+        del train[key]
+    output = {
+        key: value for key, value in content.get("output", {}).items() if key not in ("loggers", "baseline")
+    }
+    return {**old, "tune": content["tune"], "train": train, "output": {**output, "tensorboard": False}}
 
 
 def test_a_report_tells_how_a_finished_run_was_trained(config: Config, tmp_path: Path) -> None:

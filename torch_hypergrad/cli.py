@@ -298,10 +298,6 @@ COMMANDS: dict[str, Callable[[Request, Namespace], int]] = {
 
 def _end(folder: Path, stopped_by: int | None) -> int:
     """What a user sees at the end of training."""
-    from .experiment.start import train_baseline
-
-    if stopped_by is None:
-        stopped_by = train_baseline(folder)
     if stopped_by is not None:
         return _say(f"Stopped. Go on with: torch-hypergrad resume {folder}", STOPPED + stopped_by)
     print()

@@ -37,7 +37,7 @@ def train(config: Config, name: str) -> tuple[Path, int | None]:
     folder = RunFolder(folder_of(config, name))
     folder.check_new()  # at once; and again where nobody else can begin one
     with stop_on_signals() as stop:
-        finished = run_in(config, folder, stop, new=True)
+        finished = run_in(config, folder, stop, new=True) and _baseline(config, folder, stop)
     return folder.path, None if finished else stop.signal
 
 
@@ -49,12 +49,14 @@ def resume(path: Path) -> tuple[Path, int | None]:
             f"{path} is no folder of a run: it has no "
             f"{folder.config_file.name}. Give the folder that train named."
         )
+    config = read_config(folder.config_file)
     if folder.finished:
         folder.check_unedited()
         print(f"{path} is finished already.")
-        return path, None
+        if not _baseline_of(folder).config_file.exists():
+            return path, None
     with stop_on_signals() as stop:
-        finished = run_in(read_config(folder.config_file), folder, stop)
+        finished = run_in(config, folder, stop) and _baseline(config, folder, stop)
     return path, None if finished else stop.signal
 
 
@@ -62,29 +64,27 @@ QUICK = 60.0
 """Seconds of training up to which the same is trained again without tuning, if nothing is said."""
 
 
-def train_baseline(path: Path) -> int | None:
-    """Trains a finished run again with all values fixed at their start, in its folder ``baseline``, if its
-    configuration wants that.
+def _baseline(config: Config, run: RunFolder, stop: StopRequest) -> bool:
+    """Trains a finished run again with all values fixed at their start, if its configuration wants that.
 
     Returns:
-        The signal that stopped it, or None.
+        Whether that is finished, or not wanted.
     """
-    run = RunFolder(path)
-    config = read_config(run.config_file)
     wanted = config.output.baseline
     if wanted is None:
         wanted = json.loads(run.summary_file.read_text(encoding="utf-8"))["seconds"] < QUICK
     if not wanted or config.method is None or config.train.fixed is not None:
-        return None
+        return True
     train = replace(config.train, fixed=START, hyper_every=None, warmup=0, episodes=1)
     output = replace(config.output, folder=None, loggers=[])
     print(
         "Training the same again without tuning, for the report (--baseline false does not).", file=sys.stderr
     )
-    with stop_on_signals() as stop:
-        baseline = RunFolder(path / "baseline")
-        finished = run_in(replace(config, train=train, output=output), baseline, stop, quiet=True)
-    return None if finished else stop.signal
+    return run_in(replace(config, train=train, output=output), _baseline_of(run), stop, quiet=True)
+
+
+def _baseline_of(run: RunFolder) -> RunFolder:
+    return RunFolder(run.path / "baseline")
 
 
 def last_run() -> Path:
@@ -163,6 +163,8 @@ NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory")
 def _go_on(run: Run) -> None:
     try:
         loaded = run.load()
+    except ConfigError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ConfigError(
             f"The checkpoint in {run.folder.path} does not fit its configuration: {one_line(error)}"

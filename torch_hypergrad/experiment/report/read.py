@@ -140,7 +140,8 @@ def read_run(folder: Path) -> RecordedRun:
     config = _read_config(folder)
     records, unreadable = _read_metrics(folder / "metrics.jsonl")
     summary = _read_summary(folder / "summary.json")
-    config |= today((summary or {}).get("config", {}))  # as it was trained, whatever the file says by now
+    trained = (summary or {}).get("config", {})  # as it was trained, whatever the file says by now
+    config |= {section: value for section, value in _complete(trained).items() if section in today(trained)}
     return RecordedRun(folder, config, records, unreadable, summary)
 
 
