@@ -370,7 +370,7 @@ def mutated(draw: st.DrawFn, sources: Sequence[Any] = SOURCES, most_faults: int 
     return text[:cut]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=mutated())
 def test_mutated_configurations_are_valid_or_refused_in_one_line(text: str) -> None:
     out, err = io.StringIO(), io.StringIO()

@@ -19,15 +19,12 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """Some examples.
-
-    Args:
-        inputs: (n, ...), as they are stored: :meth:`Task.inputs` makes of them what a network sees.
-        targets: (n, ...).
-    """
+    """Some examples."""
 
     inputs: Tensor
+    """(n, ...), as they are stored: :meth:`Task.inputs` makes of them what a network sees."""
     targets: Tensor
+    """(n, ...)."""
 
 
 class Examples(ABC):
@@ -169,7 +166,7 @@ class Task(ABC):
     ...     def __init__(self, num: int = 30) -> None:
     ...         self.num = num
     ...     def load(self, seed: int) -> Split:
-    ...         x = torch.linspace(-1, 1, self.num)[torch.randperm(self.num)][:, None]
+    ...         x = torch.linspace(-1, 1, self.num)[torch.randperm(self.num)].unsqueeze(1)
     ...         self.input_shape, self.num_outputs = (1,), 1
     ...         return Split(*(InMemory(part, 2 * part) for part in x.chunk(3)))
     ...     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
