@@ -286,6 +286,7 @@ def kill_test(name: str, longer: str, num_kills: int, tmp_path: Path) -> int:
     return writing
 
 
+@pytest.mark.slow  # tests/test_kept_runs.py kills at each of the first accesses
 def test_a_killed_process_ends_the_same(tmp_path: Path) -> None:
     kill_test("unrolled", "--train.steps=200", 1, tmp_path)
 

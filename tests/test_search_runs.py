@@ -108,6 +108,7 @@ def test_a_study_goes_on(searched: tuple[Path, str], file: Path) -> None:
     assert before.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("*/model.pt")}.items()
 
 
+@pytest.mark.slow
 def test_workers_are_processes(file: Path, tmp_path: Path) -> None:
     arguments = ["search", "--config", file, "--output.folder", tmp_path / "out", "--workers", 2]
     done = run_command(*arguments, "--trials", 4, "--sampler=random")

@@ -228,6 +228,7 @@ def drawing(method: Method, num_steps: int, seeded_at: int | None = None) -> Hyp
 
 
 @pytest.mark.filterwarnings("ignore")  # gc finds objects whose mere inspection warns
+@pytest.mark.slow
 def test_random_numbers_of_a_long_window_take_little_memory() -> None:
     """A generator's state is 5 kB: kept for each step, it is more than the snapshots."""
     grown = []
