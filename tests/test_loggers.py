@@ -1,5 +1,5 @@
-"""Those who are told the numbers of a run: each with a stand-in for its package, which keeps what it is "
-"told."""
+"""Those who are told the numbers of a run: each with a stand-in for its package, which keeps what it is
+told."""
 
 from __future__ import annotations
 

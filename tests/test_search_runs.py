@@ -225,6 +225,14 @@ def test_a_storage_of_another_study_is_refused(searched: tuple[Path, str], file:
     assert "has another space" in told
 
 
+def test_a_study_of_another_configuration_is_refused(searched: tuple[Path, str], file: Path) -> None:
+    """Its trials would not be comparable, and nothing in their settings would tell."""
+    folder, _ = searched
+    told = refused("search", "--config", file, "--output.folder", folder, "--trials=9", "--train.steps=40")
+    assert "trials of another configuration: train.steps was 20, is 40" in told
+    assert len(study_of(folder).trials) < 9
+
+
 def test_names_tell_settings_apart() -> None:
     close = {name_of({"optimizer.lr": value}) for value in (0.1, 0.1 + 1e-12, 0.1 - 1e-12)}
     assert len(close) == 3

@@ -1,5 +1,5 @@
-"""What a run leaves for others: values in files, networks in other formats, the best evaluation, a "
-"baseline."""
+"""What a run leaves for others: values in files, networks in other formats, the best evaluation, a
+baseline."""
 
 from __future__ import annotations
 

@@ -62,6 +62,14 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         name: ArgumentParser(exit_on_error=False, description=text, usage=f"torch-hypergrad {USAGE[name]}")
         for name, text in DESCRIPTIONS.items()
     }
+    _add_arguments(commands)
+    subcommands = parser.add_subcommands(dest="command", required=True)
+    for name, command in commands.items():
+        subcommands.add_subcommand(name, command, help=DESCRIPTIONS[name])
+    return parser, commands
+
+
+def _add_arguments(commands: dict[str, ArgumentParser]) -> None:
     for name in CONFIGURED:
         add_config(commands[name])
     for flag, meaning in {
@@ -111,10 +119,6 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     commands["compare"].add_argument(
         "--jobs", type=int, default=1, help="how many runs at a time, each a process"
     )
-    subcommands = parser.add_subcommands(dest="command", required=True)
-    for name, command in commands.items():
-        subcommands.add_subcommand(name, command, help=DESCRIPTIONS[name])
-    return parser, commands
 
 
 SEARCH_FLAGS: dict[str, tuple[Any, Any, str]] = {

@@ -1,5 +1,5 @@
-"""Honest rivals: the same model with hyperparameters fixed, searched and tuned, or trained on more "
-"examples."""
+"""Honest rivals: the same model with hyperparameters fixed, searched and tuned, or trained on more
+examples."""
 
 from __future__ import annotations
 

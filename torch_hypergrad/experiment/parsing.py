@@ -212,8 +212,8 @@ def _value(text: str, flag: str) -> Any:
 
 
 def lay_over(content: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """Lays keys over those that are there. A name begins a named class anew; without one, arguments "
-    "change."""
+    """Lays keys over those that are there. A name begins a named class anew; without one, arguments
+    change."""
     defaults = Config()
     for section, value in given.items():
         if section in NAMED:

@@ -19,13 +19,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ..search import create_study, make_sampler, objective_of
 from .build import build
 from .config import CompareConfig, Config, ConfigError
+from .edits import FREE, differences, told
 from .options import one_line
 from .parsing import config_with
-from .run_folder import RunFolder
+from .run_folder import RunFolder, as_dict
 from .start import run_in
 from .stopping import StopRequest, TrainingError
 
-COST, FOLDER, REASON = "cost", "folder", "pruned_because"
+COST, FOLDER, REASON, CONFIG = "cost", "folder", "pruned_because", "config"
+LOCAL = (*FREE, "train.device", "task.root", "task.download")  # what may differ from machine to machine
 STARTED = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 LONGEST_NAME = 100
 
@@ -99,11 +101,30 @@ class Search:
         try:
             grid = self.sampler == "grid"
             sampler = make_sampler("grid", space, points=self.grid_points) if grid else self.sampler
-            return create_study(
+            study = create_study(
                 space, name=self.name, storage=storage, sampler=sampler, pruner=self.pruner, seed=seed
             )
         except (TypeError, ValueError, ConnectionError, ModuleNotFoundError) as error:
             raise ConfigError(f"search: {one_line(error)}") from error
+        self._check_same(study)
+        return study
+
+    def _check_same(self, study: Study) -> None:
+        """Refuses a study whose trials have another configuration in common; writes down that of a new
+        one."""
+        here = as_dict(self.config)
+        there = study.user_attrs.get(CONFIG)
+        if there is None:
+            study.set_user_attr(CONFIG, here)
+            return
+        changes = {
+            path: pair for path, pair in differences(there, here).items() if not path.startswith(LOCAL)
+        }
+        if changes:
+            raise ConfigError(
+                f"search: the study {self.name!r} has trials of another configuration: {told(changes)}. Take "
+                "the same one to go on, or another --output.folder or --storage."
+            )
 
     def _stored_space(self) -> dict[str, Any]:
         """Choices that a storage cannot keep, such as lists, as their YAML."""

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from .stopping import StopRequest, TrainingError
 
 Job = Callable[[StopRequest], None]
-"""Something that can be done, and stops when asked; it can be pickled, and raises TrainingError if it "
-"fails."""
+"""What can be done, stops when asked, can be pickled, and raises TrainingError if it fails."""
 
 _stop_workers: Event
 
 
 def workers(num_jobs: int, stop: StopRequest) -> Workers:
+    """This process for one job at a time, else so many others."""
     return ThisProcess(stop) if num_jobs == 1 else Processes(num_jobs, stop)
 
 
@@ -72,8 +72,8 @@ class Workers(ABC):
         """Ends what was begun."""
 
     def run(self, jobs: Sequence[Job], quiet: bool = False) -> list[str]:
-        """Does them all, or until a stop is requested; a bar counts them. Returns why some failed, and says "
-        "so."""
+        """Does them all, or until a stop is requested; a bar counts them. Returns why some failed, and says
+        so."""
         failures = []
         with tqdm(total=len(jobs), unit="job", dynamic_ncols=True, disable=quiet) as bar:
             for job, failure in self.results(jobs):

@@ -35,8 +35,8 @@ def _look(place: int) -> tuple[str, str]:
 
 
 def draw_results(groups: Sequence[Group]) -> Picture | None:
-    """The first metric and the loss on the test set: a dot for each seed, a bar from mean - std to mean + "
-    "std."""
+    """The first metric and the loss on the test set: a dot for each seed, a bar from mean - std to mean +
+    std."""
     if not any(group.finished for group in groups):
         return None
     measures = shown_measures(groups[0].words)
