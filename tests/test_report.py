@@ -234,6 +234,14 @@ def test_unfinished_run_with_a_half_written_line(tmp_path):
     assert "validation" in table_of([run])
 
 
+def test_unfinished_run_that_starts_from_a_file_of_values(tmp_path):
+    tune = {"weight_decay": Tune(per="element", init="other/values.safetensors", log=True)}
+    run = make_run(tmp_path / "run", *decays(MLP), tune=tune, num_hyper=2, finished=False)
+    assert re.search(
+        rf"weight_decay/hidden.bias {style.DASH} {style.DASH} \d", read_page(write_report([run]))
+    )
+
+
 @pytest.mark.parametrize("steps", [0, 40, 50])
 def test_hardly_begun(tmp_path, steps):
     run = make_run(tmp_path / "begun", num_hyper=0, finished=False, steps=steps)

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import optuna.visualization.matplotlib as plots
+import pandas as pd
 import yaml
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from tabulate import tabulate
 
 from ..search import best_so_far
 from .config import ConfigError
+from .report.groups import in_markdown
 from .report.page import Page, Section, Table, write_page
 from .report.read import read_run
-from .report.style import DASH, DPI, Picture, number, report_style
+from .report.style import DPI, Picture, finish, fixed, number, panels, report_style
 from .run_folder import RunFolder, as_dict
 from .stopping import TrainingError, stop_on_signals
 from .study import COST, FOLDER, REASON, Search
@@ -58,10 +59,9 @@ def search(study: Search, num_workers: int) -> int | None:
 
 def table_of_study(search: Search) -> str:
     """The best trials, for the terminal."""
-    study = search.study()
-    complete = sorted(_of(study, TrialState.COMPLETE), key=lambda trial: trial.value or 0.0)
-    rows = [[f"trial {trial.number}", *_cells(trial)] for trial in complete[:5]]
-    return tabulate(rows, ("best", *_headers()), tablefmt="github", disable_numparse=True)
+    best = sorted(_of(search.study(), TrialState.COMPLETE), key=lambda trial: trial.value or 0.0)[:5]
+    table = pd.DataFrame({"best": f"trial {trial.number}", **_cells(trial)} for trial in best)
+    return in_markdown(table, num_words=2)
 
 
 def report_of_study(search: Search) -> Path:
@@ -71,7 +71,9 @@ def report_of_study(search: Search) -> Path:
         drawn = (_best_against_cost(study), *(_plotted(study, *plot) for plot in PLOTS))
         pictures = [picture for picture in drawn if picture is not None]
     trials = study.get_trials(deepcopy=False)
-    rows = [[str(trial.number), trial.state.name.lower(), *_cells(trial)] for trial in trials]
+    table = pd.DataFrame(
+        {"trial": str(trial.number), "state": trial.state.name.lower(), **_cells(trial)} for trial in trials
+    )
     reasons = [f"Trial {t.number}: {t.user_attrs[REASON]}" for t in trials if REASON in t.user_attrs]
     page = Page(
         title=f"A search of {len(trials)} trials",
@@ -93,11 +95,9 @@ def report_of_study(search: Search) -> Path:
         ],
         sections=[
             Section("The search", (), pictures),
-            Section("Trials", reasons[:12], (), [Table(("trial", "state", *_headers()), rows, num_words=2)]),
+            Section("Trials", reasons[:12], (), [Table(table, num_words=3)]),
         ],
-        warnings=[],
         configuration=yaml.safe_dump(as_dict(search.config), sort_keys=False),
-        commands=[],
     )
     return write_page(page, out)
 
@@ -109,14 +109,12 @@ def _of(study: Study, state: TrialState) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(state,))
 
 
-def _headers() -> tuple[str, ...]:
-    return "validation loss", "cost (training steps)", "settings"
-
-
-def _cells(trial: FrozenTrial) -> list[str]:
-    settings = ", ".join(f"{key} {_shown(value)}" for key, value in trial.params.items())
-    loss = DASH if trial.value is None else f"{trial.value:.4f}"
-    return [loss, f"{trial.user_attrs.get(COST, 0):,.0f}", settings]
+def _cells(trial: FrozenTrial) -> dict[str, str]:
+    return {
+        "settings": ", ".join(f"{key} {_shown(value)}" for key, value in trial.params.items()),
+        "validation loss": fixed(trial.value, 4),
+        "cost (training steps)": f"{trial.user_attrs.get(COST, 0):,.0f}",
+    }
 
 
 def _shown(value: Any) -> str:
@@ -144,13 +142,11 @@ def _best_against_cost(study: Study) -> Picture | None:
     costs, values = best_so_far(study)
     if not costs:
         return None
-    figure = pyplot.figure(figsize=(6.5, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(1, 1, 3.6)
     axes.step(costs, values, where="post", marker="o", ms=3)
     axes.set(xlabel="cost (training steps)", ylabel="best validation loss so far")
-    return _kept(
-        axes, "best_so_far", "The best validation loss so far against what all trials had cost by then."
-    )
+    caption = "The best validation loss so far against what all trials had cost by then."
+    return finish(figure, "best_so_far", caption)
 
 
 PLOTS: tuple[tuple[str, str, Callable[[Study], Axes]], ...] = (
@@ -169,12 +165,9 @@ def _plotted(study: Study, name: str, caption: str, plot: Callable[[Study], Axes
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # which of them are experimental depends on the version
-        return _kept(plot(study), name, caption)
-
-
-def _kept(axes: Axes, name: str, caption: str) -> Picture:
-    figure, buffer = axes.figure, io.BytesIO()
+        figure = plot(study).figure
     assert isinstance(figure, Figure)
-    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
-    pyplot.close(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")  # no layout engine takes Optuna's axes
+    pyplot.close(figure)  # pyplot would keep it
     return Picture.of(name, caption, buffer.getvalue())

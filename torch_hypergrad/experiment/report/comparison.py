@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 
 from .groups import Group, shown_measures
-from .read import RecordedRun
 from .style import (
     BLACK,
     COLORS,
@@ -43,14 +43,11 @@ def draw_results(groups: Sequence[Group]) -> Picture | None:
     figure = new_figure(min(1.3 + 0.42 * len(groups), 16.0))
     every = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, measure in zip(every, measures):
-        columns = [
-            [measure.factor * value for value in group.numbers("test", measure.name)] for group in groups
-        ]
-        _draw_dots(axes, columns)
+        _draw_dots(axes, [group.measured("test", measure) for group in groups])
         axes.set(xlabel=f"test {measure.header}")
     every[0].set_yticks(range(len(groups)), [wrapped(group.name) for group in groups])
     every[0].set_ylim(len(groups) - 0.4, -0.6)
-    losses = [value for group in groups for value in group.numbers("test", "loss")]
+    losses = [value for group in groups for value in group.numbers("test.loss")]
     set_scale(every[-1], "x", losses, log=0 < 20 * min(losses) < max(losses))
     many = max(len(group.finished) for group in groups) > 1
     caption = f"{listing(f'Test {measure.name}' for measure in measures)} of each row"
@@ -62,30 +59,23 @@ def draw_results(groups: Sequence[Group]) -> Picture | None:
     return finish(figure, "results", caption)
 
 
-def _draw_dots(axes: Axes, columns: Sequence[Sequence[float]]) -> None:
+def _draw_dots(axes: Axes, columns: Sequence[pd.Series]) -> None:
     for place, values in enumerate(columns):
-        color = _look(place)[0]
-        shifts = np.linspace(-0.16, 0.16, len(values)) if len(values) > 1 else [0.0]
+        color, width = _look(place)[0], 0.0
         if len(values) > 1:
-            mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
+            mean, std = values.mean(), values.std()
             axes.barh(place, 2 * std, left=mean - std, height=0.55, color=color, alpha=0.22)
             axes.plot([mean, mean], [place - 0.28, place + 0.28], color=BLACK, lw=1.4)
-        axes.plot(
-            values,
-            [place + shift for shift in shifts[: len(values)]],
-            "o",
-            color=color,
-            ms=5,
-            mec="white",
-            mew=0.6,
-        )
+            width = 0.16
+        places = place + np.linspace(-width, width, len(values))
+        axes.plot(values, places, "o", color=color, ms=5, mec="white", mew=0.6)
     axes.use_sticky_edges = False  # or a bar would touch the frame
     axes.locator_params(axis="x", nbins=6)
 
 
 def draw_overlaid(groups: Sequence[Group]) -> Picture | None:
     """Losses on the training and validation sets: thin lines for seeds, a thick one for their mean."""
-    shown = [group for group in groups if any(run.evals for run in group.runs)][:MAX_LINES]
+    shown = [group for group in groups if any(len(run.evals) for run in group.runs)][:MAX_LINES]
     if not shown:
         return None
     places = {group.name: place for place, group in enumerate(groups)}
@@ -94,17 +84,13 @@ def draw_overlaid(groups: Sequence[Group]) -> Picture | None:
     leave_out = [
         group for group in shown if any(run.config["train"]["part"] != "train" for run in group.runs)
     ]
-    for axes, part, drawn in (
-        (training, "train", shown),
-        (validation, "val", [group for group in shown if group not in leave_out]),
-    ):
-        for group in drawn:
-            _draw_group(
-                axes, group, part, *_look(places[group.name]), MARKERS[places[group.name] % len(MARKERS)]
-            )
+    kept = [group for group in shown if group not in leave_out]
+    for axes, part, drawn in ((training, "train", shown), (validation, "val", kept)):
+        curves = {group.name: _curves(group, part) for group in drawn}
+        for name, of_seeds in curves.items():
+            _draw_group(axes, name, of_seeds, places[name])
         step_axis(axes)
-        losses = [line[part]["loss"] for group in drawn for run in group.runs for line in run.evals]
-        set_scale(axes, "y", losses, log=True)
+        set_scale(axes, "y", [loss for each in curves.values() for loss in each.to_numpy().flat], log=True)
     training.set(ylabel=f"loss ({groups[0].words.loss})", title="training set")
     validation.set(title="validation set")
     legend_below(figure, training)
@@ -122,35 +108,19 @@ def _caption(groups: Sequence[Group], shown: Sequence[Group], left_out: Sequence
     return caption
 
 
-def _draw_group(axes: Axes, group: Group, part: str, color: str, style: str, marker: str) -> None:
-    curves = [_curve(run, part) for run in group.runs if run.evals]
-    common = sorted(set.intersection(*(set(curve) for curve in curves)))
-    if len(curves) > 1:
-        for curve in curves:
-            axes.plot(
-                list(curve),
-                list(curve.values()),
-                color=color,
-                ls=style,
-                lw=0.7,
-                alpha=0.4,
-                marker=dots(curve),
-            )
-    if common:
-        mean = [float(np.mean([curve[step] for curve in curves])) for step in common]
-        every = max(1, len(common) // 6)
-        axes.plot(
-            common,
-            mean,
-            color=color,
-            ls=style,
-            lw=1.9,
-            marker=marker,
-            ms=5,
-            markevery=every,
-            label=wrapped(group.name, 30),
-        )
+def _curves(group: Group, part: str) -> pd.DataFrame:
+    """Losses over training steps, a column for each run."""
+    runs = [run.evals.set_index("step")[f"{part}.loss"] for run in group.runs if len(run.evals)]
+    return pd.concat(runs, axis=1, keys=range(len(runs)))
 
 
-def _curve(run: RecordedRun, part: str) -> dict[float, float]:
-    return {line["step"]: line[part]["loss"] for line in run.evals}
+def _draw_group(axes: Axes, name: str, curves: pd.DataFrame, place: int) -> None:
+    color, style = _look(place)
+    if curves.shape[1] > 1:
+        for _, curve in curves.items():
+            known = curve.dropna()
+            axes.plot(known, color=color, ls=style, lw=0.7, alpha=0.4, marker=dots(known))
+    mean = curves.dropna().mean(axis=1)
+    if len(mean):
+        label, marker, every = wrapped(name, 30), MARKERS[place % len(MARKERS)], max(1, len(mean) // 6)
+        axes.plot(mean, color=color, ls=style, lw=1.9, marker=marker, ms=5, markevery=every, label=label)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from typing import Any
 
-from ..config import setting_of
+import pandas as pd
+
 from .read import RecordedRun
-from .style import DASH, count_of, finite, listing, number, percent
+from .style import DASH, count_of, listing, number, percent
 
 _PER = {
     "group": "one for each group of parameters",
@@ -92,15 +92,12 @@ def state(run: RecordedRun) -> str:
 
 def headline_numbers(run: RecordedRun) -> list[tuple[str, str]]:
     """Metrics and loss of the test set; the last of the validation set while there are none."""
-    if run.summary and run.summary.get("test"):
-        source, part = run.summary["test"], "test"
-    elif run.evals:
-        source, part = run.evals[-1]["val"], "validation"
-    else:
+    part, name = ("test", "test") if run.finished else ("val", "validation")
+    if f"{part}.loss" not in run.results:
         return []
     so_far = "" if run.finished else ", so far"
     return [
-        (measure.shown(source.get(measure.name)), f"{part} {measure.name}{so_far}")
+        (measure.shown(run.results.get(f"{part}.{measure.name}")), f"{name} {measure.name}{so_far}")
         for measure in run.words.measures
     ]
 
@@ -120,9 +117,9 @@ def training_sentences(run: RecordedRun) -> list[str]:
         )
     if run.method is not None and run.config["train"]["fixed"] is None and run.finished:
         found.append("Values were tuned on the validation set: only the test set tells how good they are.")
-    if run.baseline is not None:
+    if run.baseline:
         main = run.words.main
-        before, after = (source["test"].get(main.name) for source in (run.baseline, summary))
+        before, after = (results.get(f"test.{main.name}") for results in (run.baseline, run.results))
         found.append(
             f"The same training with all values fixed at their start has a test {main.name} of "
             f"{main.shown(before)}; with tuning it is {main.shown(after)}."
@@ -148,7 +145,10 @@ def facts(run: RecordedRun) -> list[tuple[str, str]]:
         ("Duration", duration(run.seconds)),
         (
             "Edited",
-            "; ".join(f"after step {line['step']:,}: {line['changes']}" for line in run.records["edited"]),
+            "; ".join(
+                f"after step {step:,}: {changes}"
+                for step, changes in run.tables["edited"][["step", "changes"]].itertuples(index=False)
+            ),
         ),
         (
             "Left out",
@@ -189,8 +189,8 @@ def _hyper_steps(run: RecordedRun) -> str:
     if run.method is None:
         return "none"
     text = f"{len(run.hyper):,} taken, {len(run.skipped):,} skipped"
-    products = [line["num_matvecs"] for line in run.hyper if line.get("num_matvecs") is not None]
-    return text + (f"; {sum(products):,} products with the Hessian" if products else "")
+    products = run.hyper["num_matvecs"].dropna()
+    return text + (f"; {products.sum():,.0f} products with the Hessian" if len(products) else "")
 
 
 def commands(run: RecordedRun) -> list[tuple[str, str]]:
@@ -215,31 +215,25 @@ def surroundings(run: RecordedRun) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in every.items() if value]
 
 
-def value_rows(run: RecordedRun) -> Sequence[Sequence[str]]:
+def values_table(run: RecordedRun) -> pd.DataFrame:
     """A row for each tuned name: number of values, start, and where they are now."""
-    values, start = run.tuned.get("values", {}), run.tuned.get("start", {})
-    latest = run.hyper[-1].get("values", {}) if run.hyper else {}
-    rows = []
-    for name, entry in latest.items():
-        count = f"{values[name].numel():,}" if name in values else DASH
-        begun = finite(start[name].double().numpy()) if name in start else finite([])
-        first = number(float(begun.mean())) if len(begun) else number(run.tune_of(name)["init"])
-        if isinstance(entry, dict):
-            shown = [number(entry[key]) for key in ("min", "q05", "median", "q95", "max")]
-        else:
-            shown = ["", "", number(entry), "", ""]
-        rows.append([name, count, first, *shown])
-    return rows
+    latest, values = run.latest, run.tuned.get("values", {})
+    table = pd.DataFrame({"name": latest["name"]})
+    table["values"] = [f"{values[name].numel():,}" if name in values else DASH for name in table["name"]]
+    starts = [pd.Series(run.numbers([name], "start")) for name in table["name"]]
+    table["start (mean)"] = [number(start.mean()) for start in starts]
+    for header, quantile in _SHOWN.items():
+        table[header] = latest[quantile].map(number).where(latest["many"] | (quantile == "median"), "")
+    return table
 
 
-VALUE_HEADERS = ("name", "values", "start (mean)", "min", "5 %", "median", "95 %", "max")
+_SHOWN = {"min": "min", "5 %": "q05", "median": "median", "95 %": "q95", "max": "max"}
 
 
 def settings_at_bounds(run: RecordedRun) -> list[str]:
     """A sentence for each setting of which some values were held back by a bound at the last hyper step."""
-    clipped = (run.hyper[-1].get("clipped") or {}) if run.hyper else {}
     return [
-        f"At the last hyper step, {count:,} values of {setting_of(label)} were held back by a bound."
-        for label, count in clipped.items()
+        f"At the last hyper step, {count:,} values of {setting} were held back by a bound."
+        for setting, count in run.clipped.items()
         if count
     ]

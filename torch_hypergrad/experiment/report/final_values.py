@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 
 from ..config import setting_of
-from .kinds import by_setting, grouped, left_out, quantiles
+from .kinds import by_setting, grouped, left_out
 from .read import WEIGHTS, RecordedRun, part_of
 from .style import (
     BLUE,
@@ -15,7 +16,6 @@ from .style import (
     Picture,
     dots,
     finish,
-    finite,
     is_log,
     legend_below,
     new_figure,
@@ -27,16 +27,6 @@ from .style import (
 
 MAX_NAMED_LAYERS = 80
 MAX_HEIGHT = 14.0  # inches
-
-
-def values_of(run: RecordedRun, names: list[str], kind: str = "values") -> np.ndarray:
-    """All the final values, or with ``kind="start"`` the first, of these tensors in one vector."""
-    found = run.tuned.get(kind, {})
-    return finite(
-        np.concatenate(
-            [np.zeros(0), *(found[name].double().numpy().reshape(-1) for name in names if name in found)]
-        )
-    )
 
 
 def many_valued(run: RecordedRun) -> list[str]:
@@ -72,7 +62,7 @@ def draw_histograms(run: RecordedRun) -> Picture | None:
 
 
 def _draw_histogram(axes: Axes, run: RecordedRun, names: list[str]) -> None:
-    final, start = values_of(run, names), values_of(run, names, "start")
+    final, start = run.numbers(names), run.numbers(names, "start")
     log = run.tune_of(names[0])["log"]
     both = np.concatenate([final, start])
     edges = bin_edges(both, log, count=int(min(40, max(8, 2 * len(final) ** 0.5))))
@@ -111,28 +101,18 @@ def draw_layers(run: RecordedRun) -> list[Picture]:
 def _draw_layers_of(run: RecordedRun, setting: str, names: list[str]) -> Picture:
     figure = new_figure(min(1.1 + (0.21 if len(names) > 12 else 0.32) * len(names), MAX_HEIGHT), 9.0)
     axes = figure.subplots()
-    found = {name: quantiles(values_of(run, [name])) for name in names}
-    for place, entry in enumerate(found.values()):
-        axes.plot(
-            [entry["q05"], entry["q95"]], [place] * 2, color=BLUE, alpha=0.4, lw=1.6, solid_capstyle="butt"
-        )
-        axes.plot(
-            [entry["q25"], entry["q75"]], [place] * 2, color=BLUE, alpha=0.6, lw=5, solid_capstyle="butt"
-        )
-    axes.plot(
-        [entry["median"] for entry in found.values()],
-        range(len(names)),
-        "o",
-        color=BLUE,
-        ms=5,
-        mec="white",
-        mew=0.7,
-    )
-    start = values_of(run, names, "start")
+    places = range(len(names))
+    found = pd.DataFrame(
+        {name: pd.Series(run.numbers([name])).quantile([0.05, 0.25, 0.5, 0.75, 0.95]) for name in names}
+    ).T
+    axes.hlines(places, found[0.05], found[0.95], color=BLUE, alpha=0.4, lw=1.6)
+    axes.hlines(places, found[0.25], found[0.75], color=BLUE, alpha=0.6, lw=5)
+    axes.plot(found[0.5], places, "o", color=BLUE, ms=5, mec="white", mew=0.7)
+    start = run.numbers(names, "start")
     if len(start):
         axes.axvline(float(np.median(start)), color=VERMILION, ls="--", lw=1)
-    ends = [entry[key] for entry in found.values() for key in ("q05", "median", "q95")]
-    set_scale(axes, "x", [*ends, *start[:1]], run.tune_of(names[0])["log"])
+    shown = [*found[[0.05, 0.5, 0.95]].to_numpy().flat, *start[:1]]
+    set_scale(axes, "x", shown, run.tune_of(names[0])["log"])
     _name_layers(axes, names)
     axes.set_xlabel(setting.replace("_", " "))
     bands = any(run.tuned["values"][name].numel() > 1 for name in names)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-from tabulate import tabulate
+import pandas as pd
 
 from ..config import ConfigError
-from .kinds import by_setting
-from .read import Record, RecordedRun, read_run
+from .read import RecordedRun, read_run
 from .style import DASH, fixed, number
 from .words import LOSS, Measure, Words
 
@@ -34,15 +33,18 @@ class Group:
     def finished(self) -> list[RecordedRun]:
         return [run for run in self.runs if run.finished]
 
-    def numbers(self, *path: str) -> list[float]:
-        """One number of the summary, such as ``"test", "loss"``, of each finished run."""
-        return [value for run in self.finished if (value := _dig(run.summary, path)) is not None]
+    @cached_property
+    def results(self) -> pd.DataFrame:
+        """Of each finished run, a row with its numbers."""
+        return pd.DataFrame([run.results for run in self.finished])
 
+    def numbers(self, path: str) -> pd.Series:
+        """One number, such as test.loss, of each finished run that has it."""
+        return self.results.get(path, pd.Series(dtype=float)).dropna()
 
-def _dig(record: Any, path: Sequence[str]) -> Any:
-    for key in path:
-        record = record.get(key) if isinstance(record, Mapping) else None
-    return record
+    def measured(self, part: str, measure: Measure) -> pd.Series:
+        """A measure on one part of the data, in the unit of its header."""
+        return measure.factor * self.numbers(f"{part}.{measure.name}")
 
 
 def read_groups(folders: Sequence[Path]) -> list[Group]:
@@ -70,9 +72,7 @@ def _key(run: RecordedRun) -> str:
     """The same for runs of one group."""
     if _in_row(run):
         return str(run.folder.resolve().parent)
-    return yaml.safe_dump(
-        {section: value for section, value in _settings(run).items() if section != "train.seed"}
-    )
+    return json.dumps({**_settings(run), "train.seed": None}, default=str)
 
 
 def _name(run: RecordedRun) -> str:
@@ -90,28 +90,15 @@ def _unique(name: str, run: RecordedRun, names: Sequence[str]) -> str:
 # ---- numbers -----------------------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float], digits: int) -> str:
+def spread(values: pd.Series, digits: int) -> str:
     """Mean ± sample standard deviation; a dash for no values."""
-    if not values:
-        return DASH
-    mean = fixed(statistics.mean(values), digits)
-    return f"{mean} ± {fixed(statistics.stdev(values), digits)}" if len(values) > 1 else mean
+    mean = fixed(values.mean(), digits)
+    return f"{mean} ± {fixed(values.std(), digits)}" if len(values) > 1 else mean
 
 
-def mean_of(values: Sequence[float], digits: int = 0) -> str:
-    """The mean with so many decimals; a dash for no values."""
-    return f"{statistics.mean(values):,.{digits}f}" if values else DASH
-
-
-def measured(group: Group, part: str, measure: Measure) -> str:
-    """A measure on one part of the data, mean and spread over the seeds, in the unit of its header."""
-    return spread([measure.factor * value for value in group.numbers(part, measure.name)], measure.digits)
-
-
-def headers_of(words: Words) -> list[str]:
-    """Of the table of the command line."""
-    measures = [f"test {measure.header}" for measure in shown_measures(words)]
-    return ["row", "values tuned", *measures, "cost (training steps)", "seconds"]
+def mean_of(values: pd.Series, digits: int = 0) -> str:
+    """The mean with so many digits after the point; a dash for no values."""
+    return f"{values.mean():,.{digits}f}" if len(values) else DASH
 
 
 def shown_measures(words: Words) -> list[Measure]:
@@ -119,21 +106,25 @@ def shown_measures(words: Words) -> list[Measure]:
     return [*words.metrics[:1], LOSS]
 
 
-def row_of(group: Group, words: Words) -> list[str]:
-    """A row of the table of the command line."""
-    return [
-        group.name,
-        _num_values(group),
-        *(measured(group, "test", measure) for measure in shown_measures(words)),
-        mean_of(group.numbers("cost")),
-        mean_of(group.numbers("seconds"), 1),
-    ]
+def table_of_groups(groups: Sequence[Group]) -> pd.DataFrame:
+    """A row for each group: what it tuned, how good it is on the test set, and what it cost."""
+    measures = shown_measures(groups[0].words)
+    return pd.DataFrame(
+        {
+            "row": group.name,
+            "values tuned": _num_values(group),
+            **{f"test {each.header}": spread(group.measured("test", each), each.digits) for each in measures},
+            "cost (training steps)": mean_of(group.numbers("cost")),
+            "seconds": mean_of(group.numbers("seconds"), 1),
+        }
+        for group in groups
+    )
 
 
 def _num_values(group: Group) -> str:
     """How many were tuned; a search has one, and some trials for it."""
     trials = group.numbers("num_trials")
-    return f"1, by {mean_of(trials)} trials" if trials else mean_of(group.numbers("num_values"))
+    return f"1, by {mean_of(trials)} trials" if len(trials) else mean_of(group.numbers("num_values"))
 
 
 def table_of(run_folders: Sequence[Path]) -> str:
@@ -143,95 +134,67 @@ def table_of(run_folders: Sequence[Path]) -> str:
         ConfigError: no folder, or one that holds no run.
     """
     groups = read_groups(run_folders)
-    words = groups[0].words
-    if len(run_folders) > 1:
-        return github_table(headers_of(words), [row_of(group, words) for group in groups])
-    return github_table(headers_of_run(words), rows_of_run(groups[0].runs[0]))
+    return in_markdown(table_of_run(groups[0].runs[0]) if len(run_folders) == 1 else table_of_groups(groups))
 
 
-def github_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown: names to the left, numbers to the right."""
-    align = ("left", *["right"] * (len(headers) - 1))
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=align)
+def in_markdown(table: pd.DataFrame, num_words: int = 1) -> str:
+    """So many columns to the left, the numbers in the others to the right."""
+    align = ["left"] * num_words + ["right"] * (table.shape[1] - num_words)
+    return str(table.to_markdown(index=False, tablefmt="github", disable_numparse=True, colalign=align))
 
 
-def rows_of_run(run: RecordedRun) -> list[list[str]]:
+def table_of_run(run: RecordedRun) -> pd.DataFrame:
     """Metrics and loss at the end on each set of examples; so far, of a run that has not finished."""
-    last: Record = run.summary or (run.evals[-1] if run.evals else {})
-    sources = [("test", "test", last), ("validation", "val", last), ("training", "train", last)]
-    if run.baseline is not None:
-        sources.append(("test, without tuning", "test", run.baseline))
-    measures = run.words.measures
-    rows = []
-    for name, part, source in sources:
-        found = [_dig(source, (part, measure.name)) for measure in measures]
-        cells = [
-            DASH if value is None else fixed(measure.factor * value, measure.digits)
-            for measure, value in zip(measures, found)
-        ]
-        if found[-1] is not None:
-            rows.append([name, *cells])
-    return rows or [["test", *[DASH] * len(measures)]]
-
-
-def headers_of_run(words: Words) -> list[str]:
-    """Of the table of one run."""
-    return [words.examples, *(measure.header for measure in words.measures)]
+    sources = {
+        "test": ("test", run.results),
+        "validation": ("val", run.results),
+        "training": ("train", run.results),
+        "test, without tuning": ("test", run.baseline),
+    }
+    rows = [
+        {run.words.examples: name}
+        | {each.header: each.in_table(results.get(f"{part}.{each.name}")) for each in run.words.measures}
+        for name, (part, results) in sources.items()
+        if results.get(f"{part}.loss") is not None or (name == "test" and not run.results)
+    ]
+    return pd.DataFrame(rows)
 
 
 # ---- what was tuned, what differs --------------------------------------------------------------------------
 
 
 def tuned_in_brief(group: Group) -> str:
-    """The last values of each setting: a number, or median and 5 % to 95 % quantiles; means over seeds."""
-    brief: dict[str, list[tuple[float, ...]]] = {}
-    for run in group.runs:
-        values: Mapping[str, Any] = run.hyper[-1].get("values", {}) if run.hyper else {}
-        for setting, names in by_setting(values).items():
-            brief.setdefault(setting, []).append(_middle([values[name] for name in names]))
-    return "; ".join(f"{setting} {_in_words(found)}" for setting, found in brief.items()) or DASH
+    """The last values of each setting: a number, or median and 5 % to 95 % quantiles, the ends those of the
+    outermost tensor; means over seeds."""
+    latest = pd.concat({place: run.latest for place, run in enumerate(group.runs)}, names=["run", None])
+    ends = latest.groupby(["setting", "run"], sort=False).agg(
+        {"q05": "min", "median": "median", "q95": "max"}
+    )
+    means = ends.groupby("setting", sort=False).mean()
+    return "; ".join(f"{name} {_in_words(*row)}" for name, *row in means.itertuples()) or DASH
 
 
-def _middle(values: Sequence[Any]) -> tuple[float, ...]:
-    """Low, median, high of all the tensors of a setting; the ends are those of the outermost tensor."""
-    if all(isinstance(value, Mapping) for value in values):
-        middle = statistics.median(value["median"] for value in values)
-        return min(value["q05"] for value in values), middle, max(value["q95"] for value in values)
-    numbers = [value["median"] if isinstance(value, Mapping) else value for value in values]
-    return min(numbers), statistics.median(numbers), max(numbers)
-
-
-def _in_words(found: Sequence[tuple[float, ...]]) -> str:
-    low, middle, high = (statistics.mean(column) for column in zip(*found))
+def _in_words(low: float, middle: float, high: float) -> str:
     return number(middle) if low == high else f"{number(middle)} ({number(low, 2)} to {number(high, 2)})"
 
 
-def _settings(run: RecordedRun) -> dict[str, Any]:
-    """The configuration by dotted keys, without what says only where and how the run was written."""
-    flat = _flatten(run.config)
-    return {key: value for key, value in flat.items() if not key.startswith(("output.", "compare."))}
+def _settings(run: RecordedRun) -> dict[str, str]:
+    """The configuration by dotted keys, in words, without what says only where and how the run was
+    written."""
+    config = {key: value for key, value in run.config.items() if key not in ("output", "compare")}
+    return {key: _shown(value) for key, value in pd.json_normalize(config).iloc[0].items()}
 
 
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        elif value != {}:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def differing(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """The keys of the configuration that are not the same in all runs, with their values in each group."""
-    flats = [[_settings(run) for run in group.runs] for group in groups]
-    keys = dict.fromkeys(key for group in flats for flat in group for key in flat if key != "train.seed")
-    found = {}
-    for key in keys:
-        shown = [", ".join(dict.fromkeys(_shown(flat.get(key, "")) for flat in group)) for group in flats]
-        if len(set(shown)) > 1 or len({_shown(flat.get(key, "")) for group in flats for flat in group}) > 1:
-            found[key] = shown
-    return found
+def differing(groups: Sequence[Group]) -> pd.DataFrame:
+    """The keys of the configuration that are not the same in all runs: a row for each, and a column for each
+    group."""
+    names = [group.name for group in groups for _ in group.runs]
+    settings = pd.DataFrame([_settings(run) for group in groups for run in group.runs], index=names).fillna(
+        ""
+    )
+    settings = settings.drop(columns="train.seed")
+    varied = settings.loc[:, settings.nunique() > 1]
+    return varied.groupby(level=0, sort=False).agg(lambda column: ", ".join(column.unique())).T
 
 
 def _shown(value: Any) -> str:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-import numpy as np
 
 from ..config import setting_of
 from .read import RecordedRun, part_of
 
 MAX_PANELS = 12
-QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
 _BY_DIMENSIONS = {
     2: "weights of linear layers",
     3: "weights of 1-d convolutions",
@@ -65,15 +61,3 @@ def left_out(names: list[str], groups: Mapping[str, list[str]]) -> str:
     """Says how many tensors have no panel."""
     missing = len(names) - sum(map(len, groups.values()))
     return f" {missing} further ones are in the table." if missing else ""
-
-
-def quantiles(values: np.ndarray) -> dict[str, float]:
-    """As in metrics.jsonl; not a number where there are no values."""
-    if not len(values):
-        return dict.fromkeys(QUANTILES, math.nan)
-    return dict(zip(QUANTILES, np.quantile(values, list(QUANTILES.values())).tolist()))
-
-
-def as_quantiles(value: float | Mapping[str, float]) -> Mapping[str, float]:
-    """A single number as quantiles that are all the same."""
-    return value if isinstance(value, Mapping) else dict.fromkeys((*QUANTILES, "mean"), value)

@@ -6,7 +6,6 @@ import yaml
 
 from .curves import draw_curves, draw_health
 from .describe import (
-    VALUE_HEADERS,
     commands,
     facts,
     headline_numbers,
@@ -14,11 +13,11 @@ from .describe import (
     settings_at_bounds,
     surroundings,
     training_sentences,
-    value_rows,
+    values_table,
 )
 from .examples import draw_augmented, draw_lowest, draw_weights, has_weights, weights_sentences
 from .final_values import draw_histograms, draw_layers, draw_schedules
-from .groups import headers_of_run, rows_of_run
+from .groups import table_of_run
 from .over_time import draw_over_time
 from .page import Page, Section, Table
 from .pixels import draw_pixel_maps
@@ -50,26 +49,20 @@ def _drawn(*pictures: Picture | None) -> list[Picture]:
 
 
 def _training(run: RecordedRun) -> Section:
-    sentences = training_sentences(run) if run.evals else ["Nothing has been evaluated yet."]
-    table = Table(headers_of_run(run.words), rows_of_run(run))
-    return Section(
-        "Training", sentences, _drawn(draw_curves(run)), [table] if run.evals or run.finished else []
-    )
+    if not run.results:
+        return Section("Training", ["Nothing has been evaluated yet."], _drawn(draw_curves(run)))
+    return Section("Training", training_sentences(run), _drawn(draw_curves(run)), [Table(table_of_run(run))])
 
 
 def _values(run: RecordedRun) -> Section | None:
     pictures = _drawn(draw_over_time(run), draw_schedules(run))
     pictures += [*draw_pixel_maps(run), *draw_layers(run), *_drawn(draw_histograms(run))]
-    rows = value_rows(run)
-    if not pictures and not rows:
+    table = values_table(run)
+    if not pictures and table.empty:
         return None
-    folded = f"All {len(rows)} tuned tensors in numbers" if len(rows) > MAX_ROWS else ""
-    return Section(
-        "Tuned values",
-        settings_at_bounds(run),
-        pictures,
-        [Table(VALUE_HEADERS, rows, folded=folded)] if rows else [],
-    )
+    folded = f"All {len(table)} tuned tensors in numbers" if len(table) > MAX_ROWS else ""
+    tables = [Table(table, folded=folded)] if len(table) else []
+    return Section("Tuned values", settings_at_bounds(run), pictures, tables)
 
 
 def _cleaning(run: RecordedRun) -> Section | None:

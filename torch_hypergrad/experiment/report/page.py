@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .style import Picture
@@ -16,8 +17,7 @@ from .style import Picture
 class Table:
     """Cells of text, and how many columns from the left are words; the others are numbers, on the right."""
 
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    cells: pd.DataFrame
     num_words: int = 1
     folded: str = ""  # if given, the words to click on to see the table
     links: Sequence[str] = ()  # for each row, where its first cell leads; empty for nowhere

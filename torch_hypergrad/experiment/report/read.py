@@ -5,21 +5,37 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 import yaml
 
 from ..config import NAMED, Config, ConfigError, Tune, setting_of
 from ..old import today
+from .style import finite
 from .words import Words, words_of
 
 Record = dict[str, Any]
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is ten times as fast
-KINDS = ("task", "train", "eval", "hyper", "skipped", "edited")
+COLUMNS: dict[str, list[str]] = {
+    "task": [],
+    "train": ["step", "loss"],
+    "eval": ["step", "seconds"],
+    "hyper": [
+        *("step", "hypergradient_norm", "residual", "num_matvecs", "adjoint_growth", "product_error"),
+        *("clipped", "warnings", "values"),
+    ],
+    "skipped": ["step", "reason"],
+    "edited": ["step", "changes"],
+}
+RESULTS = ("train", "val", "test", "cost", "seconds", "num_values", "num_trials")  # of a summary
+QUANTILES = ("min", "q05", "q25", "median", "q75", "q95", "max")  # of many tuned values
 WEIGHTS = "example_weights"  # tuned as logits, and read as the weights that they stand for
 
 
@@ -30,14 +46,15 @@ class RecordedRun:
     Args:
         folder: the folder as it was given.
         config: the complete configuration, as nested dicts.
-        records: the lines of metrics.jsonl by kind, each kind in the order of its training steps.
+        tables: the rows of metrics.jsonl by kind, in the order of training steps. Columns of dicts are there
+            by their paths, such as val.loss; those in COLUMNS that no row has hold nothing.
         unreadable: how many lines of metrics.jsonl were left out because they could not be read.
         summary: the contents of summary.json, None of a run that has not finished.
     """
 
     folder: Path
     config: dict[str, Any]
-    records: dict[str, list[Record]]
+    tables: dict[str, pd.DataFrame]
     unreadable: int
     summary: Record | None
 
@@ -48,14 +65,16 @@ class RecordedRun:
         return f"{path.parent.name}, {path.name}" if path.name.startswith("seed-") else path.name
 
     @property
-    def evals(self) -> list[Record]:
+    def evals(self) -> pd.DataFrame:
         """Losses and metrics on the training and validation sets."""
-        return self.records["eval"]
+        return self.tables["eval"]
 
     @cached_property
     def words(self) -> Words:
         """What things are called."""
-        return words_of((self.summary or {}).get("words") or next(iter(self.records["task"]), None))
+        return words_of(
+            (self.summary or {}).get("words") or next(iter(self.tables["task"].to_dict("records")), None)
+        )
 
     @property
     def method(self) -> str | None:
@@ -70,38 +89,45 @@ class RecordedRun:
         return self.words.data or str(task.get("data", task["name"]))
 
     @property
-    def hyper(self) -> list[Record]:
+    def hyper(self) -> pd.DataFrame:
         """Hyper steps that were taken."""
-        return self.records["hyper"]
+        return self.tables["hyper"]
 
     @property
-    def skipped(self) -> list[Record]:
+    def skipped(self) -> pd.DataFrame:
         """Hyper steps that failed and changed nothing."""
-        return self.records["skipped"]
+        return self.tables["skipped"]
 
     @property
     def finished(self) -> bool:
         return self.summary is not None
 
+    @cached_property
+    def results(self) -> dict[str, Any]:
+        """Numbers by their paths, such as test.loss; so far, of a run that has not finished."""
+        if self.summary is None:
+            return dict(self.evals.iloc[-1]) if len(self.evals) else {}
+        return _results(self.summary)
+
     @property
     def steps(self) -> int:
         """Training steps so far."""
-        last = [int(lines[-1]["step"]) for lines in self.records.values() if lines]
+        last = [int(table["step"].iloc[-1]) for table in self.tables.values() if len(table)]
         return int((self.summary or {}).get("steps", max(last, default=0)))
 
     @property
     def seconds(self) -> float | None:
         """Duration, so far."""
-        return (self.summary or (self.evals[-1] if self.evals else {})).get("seconds")
+        return self.results.get("seconds")
 
     @property
     def seed(self) -> Any:
         return self.config["train"]["seed"]
 
     @cached_property
-    def baseline(self) -> Record | None:
+    def baseline(self) -> dict[str, Any]:
         """The results of the same training with values fixed at their start, if it was done."""
-        return _read_summary(self.folder / "baseline" / "summary.json")
+        return _results(_read_summary(self.folder / "baseline" / "summary.json") or {})
 
     @property
     def pictures(self) -> list[Record]:
@@ -119,6 +145,40 @@ class RecordedRun:
             if WEIGHTS in values:
                 values[WEIGHTS] = values[WEIGHTS].sigmoid()
         return tuned
+
+    def numbers(self, names: Iterable[str], kind: str = "values") -> np.ndarray:
+        """All the finite values of these tensors at the end, or with ``kind="start"`` the first, in one
+        vector. Before they are saved, the start is what the configuration says."""
+        saved = self.tuned.get(kind, {})
+        found = [saved[name].double().numpy().reshape(-1) for name in names if name in saved]
+        if not saved and kind == "start":
+            known = [self.tune_of(name)["init"] for name in names]
+            found = [np.array([init], dtype=float) for init in known if isinstance(init, (int, float))]
+        return finite(np.concatenate([np.zeros(0), *found]))
+
+    @cached_property
+    def values(self) -> pd.DataFrame:
+        """A row for each tuned name at each hyper step: step, name, setting, quantiles (QUANTILES), and
+        whether they are ``many`` numbers; of one all are the same."""
+        rows = [
+            {"step": step, "name": name, "setting": setting_of(name), "many": isinstance(value, dict)}
+            | (value if isinstance(value, dict) else dict.fromkeys(QUANTILES, value))
+            for step, values in self.hyper[["step", "values"]].dropna().itertuples(index=False)
+            for name, value in values.items()
+        ]
+        return pd.DataFrame(rows, columns=["step", "name", "setting", "many", *QUANTILES])
+
+    @property
+    def latest(self) -> pd.DataFrame:
+        """The values after the last hyper step."""
+        return self.values[self.values["step"] == self.hyper["step"].max()]
+
+    @property
+    def clipped(self) -> dict[str, int]:
+        """How many values of each setting would have left their bounds at the last hyper step."""
+        last = self.hyper["clipped"].iloc[-1] if len(self.hyper) else None
+        counts = pd.Series(last if isinstance(last, dict) else {}, dtype=int)
+        return counts.groupby(setting_of, sort=False).sum().to_dict()
 
     def tune_of(self, name: str) -> Record:
         """How the value of this name is tuned: the entry of the section tune."""
@@ -138,11 +198,11 @@ def read_run(folder: Path) -> RecordedRun:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    records, unreadable = _read_metrics(folder / "metrics.jsonl")
+    tables, unreadable = _read_metrics(folder / "metrics.jsonl")
     summary = _read_summary(folder / "summary.json")
     trained = (summary or {}).get("config", {})  # as it was trained, whatever the file says by now
     config |= {section: value for section, value in _complete(trained).items() if section in today(trained)}
-    return RecordedRun(folder, config, records, unreadable, summary)
+    return RecordedRun(folder, config, tables, unreadable, summary)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -179,18 +239,25 @@ def _complete(given: dict[str, Any]) -> dict[str, Any]:
     return complete
 
 
-def _read_metrics(path: Path) -> tuple[dict[str, list[Record]], int]:
-    """The records by kind, and the number of lines that are none. Of a step logged twice the last counts."""
-    by_step: dict[str, dict[float, Record]] = {kind: {} for kind in KINDS}
+def _read_metrics(path: Path) -> tuple[dict[str, pd.DataFrame], int]:
+    """The rows by kind, and the number of lines that are none. Of a step logged twice the last counts."""
+    rows: dict[str, dict[float, Record]] = {kind: {} for kind in COLUMNS}
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     unreadable = 0
     for line in text.splitlines():
         try:
-            record = _with_weights(json.loads(line))
-            by_step.setdefault(record["kind"], {})[float(record["step"])] = record
+            row = _with_weights(json.loads(line))
+            rows.setdefault(row["kind"], {})[float(row["step"])] = row
         except (ValueError, KeyError, TypeError, AttributeError):
             unreadable += bool(line.strip())
-    return {kind: [found[step] for step in sorted(found)] for kind, found in by_step.items()}, unreadable
+    return {kind: _table(kind, list(found.values())) for kind, found in rows.items()}, unreadable
+
+
+def _table(kind: str, rows: list[Record]) -> pd.DataFrame:
+    table = pd.json_normalize(rows) if kind == "eval" else pd.DataFrame(rows)
+    columns = dict.fromkeys([*COLUMNS.get(kind, ()), *table.columns])
+    table = table.reindex(columns=list(columns))
+    return table.sort_values("step", ignore_index=True) if rows else table
 
 
 def _with_weights(record: Record) -> Record:
@@ -199,6 +266,11 @@ def _with_weights(record: Record) -> Record:
         return record
     weights = {key: (1 + math.tanh(logit / 2)) / 2 for key, logit in logits.items() if key != "mean"}
     return {**record, "values": {**record["values"], WEIGHTS: weights}}
+
+
+def _results(summary: Record) -> dict[str, Any]:
+    found = pd.json_normalize({key: summary[key] for key in RESULTS if key in summary})
+    return dict(found.iloc[0]) if len(found) else {}
 
 
 def _read_summary(path: Path) -> Record | None:

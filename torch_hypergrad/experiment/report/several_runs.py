@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+import pandas as pd
 import yaml
 
 from .comparison import draw_overlaid, draw_results
 from .describe import duration, in_one_sentence
-from .groups import (
-    Group,
-    differing,
-    headers_of,
-    mean_of,
-    measured,
-    row_of,
-    shown_measures,
-    spread,
-    tuned_in_brief,
-)
+from .groups import Group, differing, shown_measures, spread, table_of_groups, tuned_in_brief
 from .page import Page, Section, Table
 from .read import RecordedRun
 from .style import count_of, listing, number, quoted
@@ -80,10 +70,9 @@ def _best(groups: Sequence[Group]) -> list[tuple[str, str]]:
     found, main = [], groups[0].words.main
     for kind, among in _by_information(groups).items():
         rows = {group.name: group for group in among}
-        means = {name: statistics.mean(group.numbers("test", main.name)) for name, group in rows.items()}
-        best = rows[main.best(means)]
-        value = measured(best, "test", main) + (" %" if main.percent else "")
-        loss = "" if main == LOSS else f", with a test loss of {spread(best.numbers('test', 'loss'), 3)}"
+        best = rows[main.best({name: group.measured("test", main).mean() for name, group in rows.items()})]
+        value = spread(best.measured("test", main), main.digits) + (" %" if main.percent else "")
+        loss = "" if main == LOSS else f", with a test loss of {spread(best.measured('test', LOSS), 3)}"
         found.append((value, f"{kind}: {best.name}{loss}"))
     return found
 
@@ -98,7 +87,7 @@ def _by_information(groups: Sequence[Group]) -> dict[str, list[Group]]:
     }
     found: dict[str, list[Group]] = {}
     for group in groups:
-        if group.numbers("test", main.name):
+        if len(group.measured("test", main)):
             found.setdefault(kinds[group.runs[0].config["train"]["part"]], []).append(group)
     return {kind: found[kind] for kind in kinds.values() if kind in found}
 
@@ -125,26 +114,21 @@ def _warnings(groups: Sequence[Group]) -> list[str]:
 
 
 def _results(groups: Sequence[Group]) -> Section:
-    words = groups[0].words
-    name, values, *measures, cost, seconds = headers_of(words)
-    headers = [name, values, "runs", *measures, "validation loss", cost, seconds]
-    rows = []
-    for group in groups:
-        name, values, *measures, cost, seconds = row_of(group, words)
-        finished = (
-            f"{len(group.finished)} of {len(group.runs)}"
-            if len(group.finished) < len(group.runs)
-            else str(len(group.runs))
-        )
-        rows.append(
-            [name, values, finished, *measures, spread(group.numbers("val", "loss"), 3), cost, seconds]
-        )
+    table = table_of_groups(groups)
+    table.insert(2, "runs", [_num_runs(group) for group in groups])
+    losses = [spread(group.measured("val", LOSS), LOSS.digits) for group in groups]
+    table.insert(table.columns.get_loc("cost (training steps)"), "validation loss", losses)
     several = any(len(group.finished) > 1 for group in groups)
     sentences = (
         ["Means over the seeds ± sample standard deviation; cost and seconds are means."] if several else []
     )
     picture = draw_results(groups)
-    return Section("Results", sentences, [picture] if picture else [], [Table(headers, rows)])
+    return Section("Results", sentences, [picture] if picture else [], [Table(table)])
+
+
+def _num_runs(group: Group) -> str:
+    finished, every = len(group.finished), len(group.runs)
+    return f"{finished} of {every}" if finished < every else str(every)
 
 
 def _losses(groups: Sequence[Group]) -> Section | None:
@@ -153,11 +137,12 @@ def _losses(groups: Sequence[Group]) -> Section | None:
 
 
 def _tuned(groups: Sequence[Group]) -> Section:
-    rows = [[group.name, _methods(group), tuned_in_brief(group)] for group in groups]
+    rows = [(group.name, _methods(group), tuned_in_brief(group)) for group in groups]
     sentence = (
         "At the end: the value, or the median of many with the range from their 5 % to their 95 % quantile."
     )
-    return Section("What was tuned", [sentence], (), [Table(("row", "how", "values"), rows, num_words=3)])
+    table = pd.DataFrame(rows, columns=["row", "how", "values"])
+    return Section("What was tuned", [sentence], (), [Table(table, num_words=3)])
 
 
 def _methods(group: Group) -> str:
@@ -166,64 +151,43 @@ def _methods(group: Group) -> str:
 
 def _differences(groups: Sequence[Group]) -> Section | None:
     found = differing(groups)
-    if not found:
+    if found.empty:
         return None
-    if len(groups) <= MAX_COLUMNS:
-        rows = [[key, *cells] for key, cells in found.items()]
-        table = Table(("key", *(group.name for group in groups)), rows)
-    else:
-        rows = [[group.name, *cells] for group, cells in zip(groups, zip(*found.values()))]
-        table = Table(("row", *found), rows)
-    return Section("What differs in the configuration", (), (), [table])
+    table = found.rename_axis("key") if len(groups) <= MAX_COLUMNS else found.T.rename_axis("row")
+    return Section("What differs in the configuration", (), (), [Table(table.reset_index())])
 
 
 def _each_run(groups: Sequence[Group], out: Path) -> Section:
     measures = shown_measures(groups[0].words)
-    headers = (
-        "run",
-        "in doubt",
-        "seed",
-        *(f"test {measure.name}" for measure in measures),
-        "steps",
-        "hyper steps",
-        "skipped",
-        "residual",
-        "seconds",
-    )
     runs = [run for group in groups for run in group.runs]
-    rows = [_run_row(run, measures) for run in runs]
-    folded = f"All {len(rows)} runs" if len(rows) > MAX_ROWS else ""
-    links = [_link(run, out) for run in runs]
+    table = pd.DataFrame(_run_row(run, measures) for run in runs)
+    folded = f"All {len(runs)} runs" if len(runs) > MAX_ROWS else ""
     doubted: dict[str, list[str]] = {}
     for run in runs:
         for sentence in doubts(run):
             doubted.setdefault(sentence, []).append(quoted(run.name))
     sentences = [f"{_few(names)}: {sentence}" for sentence, names in list(doubted.items())[:MAX_ROWS]]
-    return Section("Each run", sentences, (), [Table(headers, rows, num_words=2, folded=folded, links=links)])
+    links = [_link(run, out) for run in runs]
+    return Section("Each run", sentences, (), [Table(table, num_words=2, folded=folded, links=links)])
 
 
 def _few(names: Sequence[str]) -> str:
     return listing(names) if len(names) < 5 else listing([*names[:3], f"{len(names) - 3} others"])
 
 
-def _run_row(run: RecordedRun, measures: Sequence[Measure]) -> list[str]:
-    test = (run.summary or {}).get("test") or {}
-    unfinished = "" if run.finished else " (not finished)"
-    cells = [
-        *(measure.shown(test.get(measure.name)) for measure in measures),
-        f"{run.steps:,}",
-        str(len(run.hyper)),
-        str(len(run.skipped)),
-    ]
-    doubted = "yes" if doubts(run) else ""
-    return [
-        run.name + unfinished,
-        doubted,
-        str(run.seed),
-        *cells,
-        number(late_residual(run), 2),
-        mean_of([run.seconds or 0], 1),
-    ]
+def _run_row(run: RecordedRun, measures: Sequence[Measure]) -> dict[str, str]:
+    results = run.results if run.finished else {}
+    return {
+        "run": run.name + ("" if run.finished else " (not finished)"),
+        "in doubt": "yes" if doubts(run) else "",
+        "seed": str(run.seed),
+        **{f"test {each.name}": each.shown(results.get(f"test.{each.name}")) for each in measures},
+        "steps": f"{run.steps:,}",
+        "hyper steps": str(len(run.hyper)),
+        "skipped": str(len(run.skipped)),
+        "residual": number(late_residual(run), 2),
+        "seconds": f"{run.seconds or 0:,.1f}",
+    }
 
 
 def _link(run: RecordedRun, out: Path) -> str:

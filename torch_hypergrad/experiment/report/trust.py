@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import pandas as pd
 
-import numpy as np
-
-from ..config import setting_of
 from .read import RecordedRun
-from .style import count_of, finite, number, percent
+from .style import count_of, number, percent
 
 # For what no single hyper step can tell; what one can, it has warned of itself, and the run has logged.
 MAX_OVER_MEDIAN = 1e3  # of the norm of a hypergradient
@@ -38,7 +35,7 @@ def trust_sentences(run: RecordedRun) -> list[str]:
     """The doubts, or that there are none, and what no number can tell."""
     if run.method is None:
         return ["Nothing was tuned in this run."]
-    if not run.hyper and not run.skipped:
+    if run.hyper.empty and run.skipped.empty:
         return ["No hyper step has been taken, so there is nothing to judge."]
     found = [*doubts(run), *_not_logged(run)] or [
         f"No hyper step warned, and no number of this run is out of the ordinary.{_solved(run)}"
@@ -48,26 +45,32 @@ def trust_sentences(run: RecordedRun) -> list[str]:
 
 def logged_warnings(run: RecordedRun) -> list[str]:
     """What hyper steps warned of, each kind once: how many of them did, and how the last one put it."""
-    logged = [line for line in run.hyper if "warnings" in line]
-    counts = Counter(kind for line in logged for kind in line["warnings"])
-    last = {kind: (line["step"], warning) for line in logged for kind, warning in line["warnings"].items()}
+    logged = run.hyper.dropna(subset="warnings")
+    found = pd.DataFrame(
+        [
+            (kind, step, text)
+            for step, warnings in zip(logged["step"], logged["warnings"])
+            for kind, text in warnings.items()
+        ],
+        columns=["kind", "step", "text"],
+    )
     return [
-        f"{counts[kind]} of {count_of(len(logged), 'hyper step')} gave a warning, the last at training step "
-        f"{step:,}: {warning}"
-        for kind, (step, warning) in last.items()
+        f"{len(rows)} of {count_of(len(logged), 'hyper step')} gave a warning, the last at training step "
+        f"{rows['step'].iloc[-1]:,}: {rows['text'].iloc[-1]}"
+        for _, rows in found.groupby("kind", sort=False)
     ]
 
 
 def _not_logged(run: RecordedRun) -> list[str]:
     """A word on runs of older versions, which logged no warnings."""
-    count = sum("warnings" not in line for line in run.hyper)
+    count = int(run.hyper["warnings"].isna().sum())
     return [f"The warnings of {count_of(count, 'hyper step')} were not recorded."] if count else []
 
 
 def late_residual(run: RecordedRun) -> float | None:
     """Median of the solver's relative residual over the last half of the hyper steps."""
-    found = finite([line["residual"] for line in run.hyper if line.get("residual") is not None])
-    return float(np.median(found[len(found) // 2 :])) if len(found) else None
+    found = run.hyper["residual"].dropna()
+    return float(found.iloc[len(found) // 2 :].median()) if len(found) else None
 
 
 def _solved(run: RecordedRun) -> str:
@@ -79,14 +82,10 @@ def _solved(run: RecordedRun) -> str:
 
 
 def _outlier(run: RecordedRun) -> str | None:
-    norms = {
-        line["step"]: line["hypergradient_norm"]
-        for line in run.hyper
-        if len(finite(line.get("hypergradient_norm")))
-    }
-    if not norms:
+    norms = run.hyper.set_index("step")["hypergradient_norm"].dropna()
+    if norms.empty:
         return None
-    worst, median = max(norms, key=lambda step: norms[step]), float(np.median(list(norms.values())))
+    worst, median = norms.idxmax(), norms.median()
     if median == 0 and len(norms) > 1:
         return "More than half of the hypergradients are 0: the validation loss does not feel what is tuned."
     if norms[worst] <= MAX_OVER_MEDIAN * median:
@@ -102,9 +101,8 @@ def _many_skipped(run: RecordedRun) -> str | None:
     skipped, tried = len(run.skipped), len(run.hyper) + len(run.skipped)
     if not skipped or skipped <= MAX_SKIPPED * tried:
         return None
-    reason, count = Counter(str(line.get("reason", "no reason given")) for line in run.skipped).most_common(
-        1
-    )[0]
+    reasons = run.skipped["reason"].fillna("no reason given").value_counts()
+    reason, count = reasons.index[0], reasons.iloc[0]
     often = "each time" if count == skipped else "once" if count == 1 else f"{count} times"
     return (
         f"{skipped} of {tried} hyper steps were skipped "
@@ -113,11 +111,8 @@ def _many_skipped(run: RecordedRun) -> str | None:
 
 
 def _at_bounds(run: RecordedRun) -> str | None:
-    clipped: Counter[str] = Counter()
-    for label, count in (run.hyper[-1].get("clipped") or {}).items() if run.hyper else ():
-        clipped[setting_of(label)] += count
     found = []
-    for setting, count in clipped.items():
+    for setting, count in run.clipped.items():
         total = _num_values(run, setting)
         if total and count > MAX_CLIPPED * total:
             found.append(
@@ -130,10 +125,7 @@ def _at_bounds(run: RecordedRun) -> str | None:
 
 def _num_values(run: RecordedRun, setting: str) -> int | None:
     """How many values a setting has; None where that is not known yet."""
-    ours = {
-        name: value for name, value in run.hyper[-1].get("values", {}).items() if setting_of(name) == setting
-    }
-    tensors = run.tuned.get("values", {})
-    if all(name in tensors for name in ours):
-        return sum(tensors[name].numel() for name in ours)
-    return len(ours) if all(isinstance(value, (int, float)) for value in ours.values()) else None
+    ours, tensors = run.latest[run.latest["setting"] == setting], run.tuned.get("values", {})
+    if ours["name"].isin(tensors).all():
+        return sum(tensors[name].numel() for name in ours["name"])
+    return None if ours["many"].any() else len(ours)

@@ -42,6 +42,10 @@ class Measure:
         """With its unit; a dash for none."""
         return percent(value) if self.percent else fixed(value, self.digits)
 
+    def in_table(self, value: float | None) -> str:
+        """In the unit of the header; a dash for none."""
+        return fixed(None if value is None else self.factor * value, self.digits)
+
     def best(self, values: Mapping[str, float]) -> str:
         """The name of the best value."""
         return (max if self.higher_is_better else min)(values, key=lambda name: values[name])
