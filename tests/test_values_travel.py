@@ -251,6 +251,15 @@ def test_a_short_run_says_whether_tuning_helped(tuned: tuple[Path, Path]) -> Non
     assert "only the test set tells how good they are" in page
 
 
+def test_a_finished_baseline_is_not_announced_again(
+    tuned: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["resume", str(tuned[1])]) == 0
+    told = capsys.readouterr()
+    assert "is finished already" in told.out
+    assert told.err == ""
+
+
 def test_a_baseline_can_be_left_out(tuned: tuple[Path, Path], tmp_path: Path) -> None:
     arguments = [
         "train",

@@ -75,12 +75,15 @@ def _baseline(config: Config, run: RunFolder, stop: StopRequest) -> bool:
         wanted = json.loads(run.summary_file.read_text(encoding="utf-8"))["seconds"] < QUICK
     if not wanted or config.method is None or config.train.fixed is not None:
         return True
+    folder = _baseline_of(run)
+    if folder.finished:
+        return True
     train = replace(config.train, fixed=START, hyper_every=None, warmup=0, episodes=1)
     output = replace(config.output, folder=None, loggers=[])
     print(
         "Training the same again without tuning, for the report (--baseline false does not).", file=sys.stderr
     )
-    return run_in(replace(config, train=train, output=output), _baseline_of(run), stop, quiet=True)
+    return run_in(replace(config, train=train, output=output), folder, stop, quiet=True)
 
 
 def _baseline_of(run: RunFolder) -> RunFolder:
