@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+
+from torch_hypergrad.experiment import workers
+from torch_hypergrad.experiment.stopping import StopRequest
+from torch_hypergrad.experiment.workers import Job, ThisProcess
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -73,6 +81,24 @@ def run_command(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedPro
     return subprocess.run(
         command(*arguments), capture_output=True, encoding="utf-8", env=SURROUNDINGS, cwd=cwd, timeout=300
     )
+
+
+class SentJobs(ThisProcess):
+    """In the place of several processes: this one, to which jobs come as bytes."""
+
+    def __init__(self, num_jobs: int, stop: StopRequest) -> None:
+        super().__init__(stop)
+
+    def results(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, str | None]]:
+        return super().results(pickle.loads(pickle.dumps(jobs)))
+
+
+@contextmanager
+def processes_in_this_one(num_jobs: int) -> Iterator[None]:
+    """Jobs for several processes are done here; and so many processes are asked for."""
+    with mock.patch.object(workers, "Processes", side_effect=SentJobs) as processes:
+        yield
+    assert [call.args[0] for call in processes.call_args_list] == [num_jobs]
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import yaml
 from PIL import Image
 
 import torch_hypergrad
+import waiting_workers
 from runs import CONFIGURATIONS, SURROUNDINGS, check_equal_runs, command, metrics_of, run_command
 from test_configurations import refused
 from test_resume import NO_STOP, StopAfter
@@ -114,6 +116,7 @@ def test_the_folder_is_named_when_training_starts(
     assert f"Training in {tmp_path / 'run'}" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_report")
 def test_the_last_run_goes_on(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"There is no run in .*runs"):
@@ -416,6 +419,7 @@ def test_results_are_printed_though_the_report_cannot_be_written(
     assert "Traceback" not in told.err
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_whose_hyper_steps_were_all_skipped_ends_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -512,27 +516,31 @@ def test_a_link_within_its_class_is_a_picture(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(CONFIGURATIONS["implicit"])
-    process = subprocess.Popen(
-        command(
-            "compare",
-            "--config",
-            tmp_path / "c.yaml",
-            "--jobs",
-            2,
-            "--train.epochs",
-            100_000,
-            "--output.folder",
-            tmp_path / "run",
-        ),
-        env=SURROUNDINGS,
-        stderr=subprocess.DEVNULL,
+    (tmp_path / "begun").mkdir()
+    check_that_workers_end(
+        [sys.executable, waiting_workers.__file__, str(tmp_path / "begun")],
+        lambda: len(list((tmp_path / "begun").iterdir())) == 2,
     )
+
+
+@pytest.mark.slow
+def test_workers_of_compare_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(CONFIGURATIONS["implicit"])
+    output = ("--output.folder", tmp_path / "run")
+    check_that_workers_end(
+        command("compare", "--config", tmp_path / "c.yaml", "--jobs=2", "--train.epochs=100000", *output),
+        lambda: list(tmp_path.rglob("metrics.jsonl")) != [],
+    )
+
+
+def check_that_workers_end(arguments: Sequence[str], have_begun: Callable[[], bool]) -> None:
+    """Starts a process and kills it when its two workers have begun."""
+    process = subprocess.Popen(arguments, env=SURROUNDINGS, stderr=subprocess.DEVNULL)
     parent = psutil.Process(process.pid)
     try:
-        while not list(tmp_path.rglob("metrics.jsonl")):
+        while not have_begun():
             assert process.poll() is None
-            time.sleep(0.1)
+            time.sleep(0.05)
         workers = parent.children(recursive=True)
         assert len(workers) >= 2
     finally:

@@ -24,7 +24,7 @@ from cells import ADAM_DECOUPLES
 from problems import REPLAY
 from torch_hypergrad import HyperOptimizer, Hyperparameter, Unrolled
 
-NUM_STEPS = 20
+NUM_STEPS = 12
 REORDERED = {"ASGD", "NAdam", "RAdam"}
 """Their foreach implementation in torch multiplies in another order than their single-tensor one,
 which is ours."""
@@ -62,17 +62,23 @@ OPTIONS = {
     "Rprop": grid(lr=[0.01], step_sizes=[(1e-6, 50), (1e-2, 2e-2)]),
 }
 COMBINATIONS = [(name, options) for name, of_optimizer in OPTIONS.items() for options in of_optimizer]
-VARIANTS = [
-    (name, {**options, **variant})
-    for name, options in COMBINATIONS
-    for variant in ({}, {"maximize": True}, {"foreach": True})
-]
+METHODS = {"graphs": Unrolled(), "replay": REPLAY}
+"""The first computes gradients with their graphs in training; the second takes plain steps."""
+
+VARIANTS = [(name, options, method) for name, options in COMBINATIONS for method in METHODS]
+# maximize and foreach with one method each, in a chequerboard over the options: a neighbor has the other
+for place, (name, options) in enumerate(COMBINATIONS):
+    first, second = list(METHODS)[:: 1 if place.bit_count() % 2 else -1]
+    VARIANTS += [
+        (name, {**options, "maximize": True}, first),
+        (name, {**options, "foreach": True}, second),
+    ]
 if hasattr(torch.optim, "Muon"):
     matrices = grid(
         lr=[0.01], weight_decay=DECAYS, nesterov=[False, True], adjust_lr_fn=["original", "match_rms_adamw"]
     )
     COMBINATIONS += [("Muon", options) for options in matrices]
-    VARIANTS += [("Muon", options) for options in matrices]
+    VARIANTS += [("Muon", options, method) for options in matrices for method in METHODS]
 
 
 def name_of(part: object) -> str:
@@ -89,10 +95,6 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-KEPT = Unrolled()
-"""Training computes gradients with their graphs."""
 
 
 class Pair:
@@ -115,7 +117,7 @@ class Pair:
         self.loss = loss
 
     def wrap(
-        self, *tune: Hyperparameter, grad_transform: Any = None, method: Unrolled = KEPT
+        self, *tune: Hyperparameter, grad_transform: Any = None, method: Unrolled = METHODS["graphs"]
     ) -> HyperOptimizer:
         """Tunes the settings, or nothing but a tensor in the loss, which is zero."""
         zero = torch.zeros((), dtype=next(self.model.parameters()).dtype, requires_grad=True)
@@ -231,14 +233,13 @@ def run_both(pair: Pair, hyper: HyperOptimizer, batches: Sequence[Any]) -> None:
 # ---- the grid of options -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [KEPT, REPLAY], ids=["graphs", "replay"])
-@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=name_of)
+@pytest.mark.parametrize(("name", "options", "method"), VARIANTS, ids=name_of)
 def test_training_with_all_settings_untuned_is_bitwise_that_of_torch(
-    name: str, options: dict[str, Any], method: Unrolled
+    name: str, options: dict[str, Any], method: str
 ) -> None:
     with default_dtype(torch.float64):
         pair = network_pair(name, options, torch.float64)
-        run_both(pair, pair.wrap(method=method), regression_batches())
+        run_both(pair, pair.wrap(method=METHODS[method]), regression_batches())
         pair.assert_equal(rtol=1e-12 if options.get("foreach") and name in REORDERED else 0.0)
 
 

@@ -280,7 +280,7 @@ PROBLEMS = {
     "frozen": Problem(follows=False, frozen=True),
     "validation in train mode": Problem(2, scale=INPUT_SCALE, val_in_train_mode=True),
 }
-SOLVERS = [Cholesky(DAMPING), CG(200, rtol=1e-12, damping=DAMPING), Neumann(3000, damping=DAMPING)]
+SOLVERS = [Cholesky(DAMPING), CG(200, rtol=1e-12, damping=DAMPING), Neumann(400, damping=DAMPING)]
 
 
 @pytest.mark.parametrize("kind", PROBLEMS)
@@ -330,7 +330,7 @@ def test_statistics_that_follow_the_weights_with_gauss_newton(kind: str) -> None
 def settled(model: nn.Module, batch: Any) -> None:
     """Statistics come to rest while the weights do."""
     with torch.no_grad():
-        for _ in range(100):
+        for _ in range(50):  # a momentum of 0.5 leaves 1e-15 of where they were
             model(batch[0])
 
 

@@ -65,6 +65,7 @@ def test_the_task_of_the_page_trains_and_is_reported(here: Path, capsys: pytest.
     assert result["loss"] == pytest.approx(huber, rel=1e-5)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_task_that_cannot_predict_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--train.steps", "30", "--train.warmup", "20", "--output.loggers", "[]"]
     assert main(["train", "--config", "spring.yaml", "--output.folder", "run", *quick]) == 0

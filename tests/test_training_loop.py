@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
+import io
 import json
 import re
 import signal
@@ -18,7 +20,15 @@ import yaml
 from torch import Tensor, nn
 
 from image_data import images_of
-from runs import CONFIGS, CONFIGURATIONS, SURROUNDINGS, command, metrics_of, run_command
+from runs import (
+    CONFIGS,
+    CONFIGURATIONS,
+    SURROUNDINGS,
+    command,
+    metrics_of,
+    processes_in_this_one,
+    run_command,
+)
 from torch_hypergrad.cli import main
 from torch_hypergrad.experiment.build import build
 from torch_hypergrad.experiment.config import Config
@@ -233,18 +243,20 @@ def test_a_run_with_nystrom_gauss_newton_and_second_moments(tmp_path: Path) -> N
     assert not rows_of(folder, "skipped")
 
 
-def test_training_that_diverges_stops_with_the_reason(tmp_path: Path) -> None:
+def test_training_that_diverges_stops_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = configured(SMALL, tmp_path, optimizer={"lr": 1e30})
     with pytest.raises(TrainingError, match=r"Training stopped after step \d+: .* learning rate"):
         run(config, tmp_path)
     assert not (tmp_path / "run" / "summary.json").exists()
-    done = run_command("resume", tmp_path / "run")
-    assert done.returncode == 1
-    assert "Training stopped after step" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    assert main(["resume", str(tmp_path / "run")]) == 1
+    assert "Training stopped after step" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_hypergradients_that_explode_are_warned_of_once_and_counted(tmp_path: Path) -> None:
+def test_hypergradients_that_explode_are_warned_of_once_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A decay of 5 at a learning rate of 1 multiplies weights and adjoints by about -4 in each step."""
     configured(
         SMALL,
@@ -254,18 +266,19 @@ def test_hypergradients_that_explode_are_warned_of_once_and_counted(tmp_path: Pa
         method={"name": "Unrolled"},
         train={"steps": 20, "warmup": 0},
     )
-    done = run_command("train", "--config", "given.yaml", "--output.folder", "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    first, last = (list(row["warnings"].values()) for row in rows_of(tmp_path / "run", "hyper"))
+    folder = tmp_path / "run"
+    assert main(["train", "--config", str(tmp_path / "given.yaml"), "--output.folder", str(folder)]) == 0
+    told = capsys.readouterr().out
+    first, last = (list(row["warnings"].values()) for row in rows_of(folder, "hyper"))
     assert len(first) == len(last) == 2
     assert all("adjoints grew" in warning for warning in first)
-    page = html.unescape((tmp_path / "run" / "report" / "report.html").read_text())
-    assert [line for line in done.stdout.splitlines() if line.startswith("step ")] == [
+    page = html.unescape((folder / "report" / "report.html").read_text())
+    assert [line for line in told.splitlines() if line.startswith("step ")] == [
         f"step 10: warning. {warning}" for warning in first
     ]
     for warning in last:
         counted = f"2 of 2 hyper steps gave a warning, the last at training step 20: {warning}"
-        assert counted in done.stdout
+        assert counted in told
         assert counted in page
 
 
@@ -321,8 +334,7 @@ def test_train_ends_with_a_table_and_a_report(tmp_path: Path) -> None:
     assert (tmp_path / named[1]).exists()
     folder = (tmp_path / named[1]).parent.parent
     assert torch.load(folder / "model.pt", weights_only=True)["1.weight"].shape == (12, 64)
-    again = run_command("report", folder, "--out", tmp_path / "again")
-    assert again.returncode == 0, again.stderr
+    assert main(["report", str(folder), "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "report.html").exists()
 
 
@@ -344,29 +356,22 @@ COMPARE = [f"--compare.space={SPACE}", "--compare.grid_points=3", "--seeds=2"]
 
 
 @pytest.fixture(scope="module")
-def compared(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, list[object], subprocess.CompletedProcess[str]]:
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
+    """The folder of a comparison, the arguments that made it, and what was printed."""
     folder = tmp_path_factory.mktemp("compare")
     configured(SMALL, folder, task={"label_noise": 0.3})
-    arguments: list[object] = [
-        "compare",
-        "--config",
-        folder / "given.yaml",
-        "--output.folder",
-        folder / "out",
-        *COMPARE,
-    ]
-    return folder / "out", arguments, run_command(*arguments)
+    given = ["--config", str(folder / "given.yaml"), "--output.folder", str(folder / "out")]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["compare", *given, *COMPARE]) == 0
+    return folder / "out", ["compare", *given, *COMPARE], printed.getvalue()
 
 
 def test_compare_trains_every_rival_for_every_seed(compared: Any) -> None:
-    folder, _, done = compared
-    assert done.returncode == 0, done.stderr
+    folder, _, printed = compared
     assert (folder / "report" / "report.html").exists()
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in done.stdout.splitlines()
+        for line in printed.splitlines()
         if line.startswith("| ")
     ]
     names = [row[0] for row in cells[1:]]
@@ -411,7 +416,8 @@ def test_compare_goes_on_where_it_was(compared: Any) -> None:
     folder, arguments, _ = compared
     before = {path: path.stat().st_mtime_ns for path in (folder / "trials").rglob("model.pt")}
     assert before
-    assert main([str(argument) for argument in arguments]) == 0
+    with processes_in_this_one(2):
+        assert main([*arguments, "--jobs=2"]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "trials").rglob("model.pt")}
 
 
@@ -419,7 +425,7 @@ def test_compare_does_not_take_the_runs_of_another_configuration_for_its_own(
     compared: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, arguments, _ = compared
-    assert main([*map(str, arguments), "--train.batch_size=10"]) == 2
+    assert main([*arguments, "--train.batch_size=10"]) == 2
     assert "holds a run of another configuration" in capsys.readouterr().err
 
 

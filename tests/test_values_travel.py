@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from image_data import images_of
+from runs import processes_in_this_one
 from test_configurations import refused
 from test_resume import NO_STOP
 from test_training_loop import configured, rows_of, summary_of
@@ -116,6 +117,7 @@ def test_tuning_starts_from_a_file(tuned: tuple[Path, Path], tmp_path: Path, nam
         assert torch.allclose(values[key], value, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_few_values_are_written_as_yaml_and_read_back(tmp_path: Path) -> None:
     config = configured(SCHEDULE, tmp_path)
     assert run_in(config, RunFolder(tmp_path / "run"), NO_STOP, quiet=True)
@@ -251,6 +253,7 @@ def test_a_short_run_says_whether_tuning_helped(tuned: tuple[Path, Path]) -> Non
     assert "only the test set tells how good they are" in page
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_finished_baseline_is_not_announced_again(
     tuned: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,16 +263,10 @@ def test_a_finished_baseline_is_not_announced_again(
     assert told.err == ""
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_baseline_can_be_left_out(tuned: tuple[Path, Path], tmp_path: Path) -> None:
-    arguments = [
-        "train",
-        "--config",
-        str(tuned[0]),
-        "--output.folder",
-        str(tmp_path / "run"),
-        "--baseline=false",
-    ]
-    assert main(arguments) == 0
+    arguments = ["train", "--config", str(tuned[0]), "--output.folder", str(tmp_path / "run")]
+    assert main([*arguments, "--baseline=false"]) == 0
     assert not (tmp_path / "run" / "baseline").exists()
     assert "without tuning" not in table_of([tmp_path / "run"])
 
@@ -291,7 +288,8 @@ def test_several_seeds_are_one_report(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     shutil.rmtree(runs[1])
     before = json.loads((runs[0] / "summary.json").read_text())
-    assert main(arguments) == 0, "what is there is not trained again"
+    with processes_in_this_one(2):
+        assert main([*arguments, "--jobs=2"]) == 0, "what is there is not trained again"
     assert json.loads((runs[0] / "summary.json").read_text()) == before
     assert (runs[1] / "summary.json").exists()
     assert "--seeds and --jobs must be at least 1" in refused(*arguments[:-1], "--seeds=0")

@@ -265,6 +265,15 @@ def test_a_port_that_is_none_is_refused(port: int) -> None:
         LoopbackServer(port, {})
 
 
+@pytest.fixture
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """Whatever a script starts in the background ignores Ctrl-C, and so would the processes of a test."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_is_heard")
 def test_ctrl_c_ends_it(run: Path) -> None:
     process = subprocess.Popen(
         command("view", run, "--port", 0),

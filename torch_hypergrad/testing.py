@@ -16,6 +16,8 @@ from .hyper_optimizer import HyperOptimizer
 from .step.state import Buffers
 
 NUM_LEVELS = 6
+CONVERGED = 1e-9
+"""Differences whose estimated error is below this part of them are not refined any more."""
 
 
 class HypergradientMismatchError(HypergradientError, AssertionError):
@@ -61,7 +63,7 @@ def check_hypergradient(
     buffers with a rule (:func:`torch_hypergrad.register_buffers`), move as training moves them. Other buffers
     are put back to those of the first run before each step, since hypergradients take them for constants. The
     differences are extrapolated to step size 0 (Ridders 1982) from steps of a 50th of the value, or half the
-    way to its upper bound, down to a 32nd of that.
+    way to its upper bound, down to a 32nd of that, or until they are known to nine digits.
 
     Args:
         make: makes a fresh HyperOptimizer, model and all, the same each time (set seeds inside). Parameters
@@ -110,7 +112,8 @@ def derivative(function: Callable[[float], float], width: float) -> tuple[float,
 
     Args:
         function: a smooth function of one number.
-        width: the largest step; each following one is half of it.
+        width: the largest step; each following one is half of it, until the estimate is below a billionth of
+            the derivative, or there are six.
     """
     best, uncertainty = 0.0, float("inf")
     above: list[float] = []
@@ -122,6 +125,8 @@ def derivative(function: Callable[[float], float], width: float) -> tuple[float,
             error = max(abs(row[-1] - row[-2]), abs(row[-1] - coarse))
             if error < uncertainty:
                 best, uncertainty = row[-1], error
+        if uncertainty <= CONVERGED * abs(best):
+            break
         above = row
     return best, uncertainty
 
