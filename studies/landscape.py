@@ -222,19 +222,26 @@ def table(found: Found, early: float, budget: float) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
-def main() -> None:
-    """Runs all, draws, and prints."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--evals", type=int, default=60)
-    parser.add_argument("--values", type=int, nargs="+", default=[1, 10, 65], choices=[1, 10, 65])
+def begin(doc: str | None, seeds: int, **numbers: dict[str, Any]) -> argparse.Namespace:
+    """What the command line says: what such studies share, and numbers of their own, with their options."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, options in {"seeds": {"default": seeds}, **numbers}.items():
+        parser.add_argument(f"--{name}", type=int, **options)
     parser.add_argument("--searchers", nargs="+", default=list(SEARCHERS), choices=SEARCHERS)
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    args = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
+    return parser.parse_args()
+
+
+def several(*choices: int) -> dict[str, Any]:
+    """Options of numbers that are all taken, if nothing is said."""
+    return {"nargs": "+", "default": list(choices), "choices": choices}
+
+
+def main() -> None:
+    """Runs all, draws, and prints."""
+    args = begin(__doc__, seeds=5, evals={"default": 60}, values=several(1, 10, 65))
     found = {
         f"{num} decay{'s' if num > 1 else ''}": runs_of(num, args.seeds, args.evals, args.searchers)
         for num in args.values

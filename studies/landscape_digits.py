@@ -14,13 +14,11 @@ landscape.md.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +39,7 @@ from torch_hypergrad.search import (
     objective_of,
 )
 
-from .landscape import HYPERGRADIENT, SEARCHERS, Rows, Run, draw, table
+from .landscape import HYPERGRADIENT, Rows, Run, begin, draw, several, table
 
 NUM_STEPS, EVERY = 200, 20
 LR, DECAY = (0.01, 0.5), (1e-5, 0.1)
@@ -252,17 +250,7 @@ def contestants(num_decays: int, searchers: Sequence[str]) -> dict[str, Callable
 
 def main() -> None:
     """Runs all, draws, and prints."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--trainings", type=int, default=25)
-    parser.add_argument("--decays", type=int, nargs="+", default=[1, 65, 2410], choices=[1, 65, 2410])
-    parser.add_argument("--searchers", nargs="+", default=list(SEARCHERS), choices=SEARCHERS)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    args = parser.parse_args()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    torch.set_num_threads(1)
+    args = begin(__doc__, seeds=3, trainings={"default": 25}, decays=several(1, 65, 2410))
     budget, found = args.trainings * NUM_STEPS, {}
     for num in args.decays:
         runs = found[f"{num} decay{'s' if num > 1 else ''}"] = {}

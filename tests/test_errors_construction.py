@@ -365,3 +365,12 @@ def test_a_compiled_tuned_module_is_refused():
     weighting = torch.compile(nn.Linear(1, 1).double(), backend="eager")
     with refused(ValueError, "compiled", "torch.compile", "second derivative", "before"):
         make(tune=[("weighting", weighting)], val_loss=mse)
+
+
+def test_the_method_is_known_and_cannot_be_exchanged():
+    """Steps are recorded for the one that it was made with."""
+    method = Implicit(CG())
+    hyper = make(tune=DECAY, method=method)
+    assert hyper.method is method
+    with pytest.raises(AttributeError, match="method"):
+        hyper.method = Unrolled()

@@ -19,13 +19,14 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from runs import SURROUNDINGS, command
+from runs import PLAIN, SURROUNDINGS, command
 from synthetic_runs import make_run
 from torch_hypergrad.cli import main
 from torch_hypergrad.experiment import view
 from torch_hypergrad.experiment.config import ConfigError
 from torch_hypergrad.experiment.loopback import LoopbackServer
 from torch_hypergrad.experiment.report import style, write_report
+from torch_hypergrad.experiment.run_folder import RunFolder
 from torch_hypergrad.experiment.view import LivePage, pages_of
 
 NEVER = 3600.0
@@ -84,8 +85,10 @@ def finish(run: Path) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "run", num_hyper=0, finished=False)
+def run(tmp_path: Path) -> Iterator[Path]:
+    """One that is in training: this process has its lock."""
+    with RunFolder(make_run(tmp_path / "run", num_hyper=0, finished=False)).locked():
+        yield tmp_path / "run"
 
 
 # ---- what it shows -----------------------------------------------------------------------------------------
@@ -200,6 +203,33 @@ def test_several_runs_are_compared_and_lead_to_each(run: Path, tmp_path: Path) -
         assert "report.html" not in page
         assert "<h1>a &amp; b&#39;</h1>" in asked(server, "/2")[1]
         assert bar_of(asked(server, "/2")[1])[0] == "finished"
+
+
+def test_a_run_that_was_killed_is_not_live(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(PLAIN)
+    run, other = tmp_path / "run", make_run(tmp_path / "other", num_hyper=0)
+    write_report([other])
+    train = command("train", "--config", tmp_path / "c.yaml", "--output.folder", run, "--train.steps=100000")
+    process = subprocess.Popen(train, stderr=subprocess.DEVNULL, env=SURROUNDINGS)
+    try:
+        while not (run / "metrics.jsonl").is_file() or b"eval" not in (run / "metrics.jsonl").read_bytes():
+            assert process.poll() is None
+            time.sleep(0.05)
+        with served(run) as one, served(run, other) as both:
+            assert bar_of(asked(one)[1])[0] == bar_of(asked(both)[1])[0] == "training"
+            process.kill()
+            process.wait()
+            state, told = bar_of(asked(one)[1])
+            assert state == "interrupted"
+            assert re.fullmatch(
+                rf"Interrupted: last written .+. Go on with: torch-hypergrad resume {run}", told
+            )
+            assert bar_of(asked(both)[1])[1].startswith("1 of 2 runs finished, 1 interrupted. Interrupted: ")
+            with RunFolder(run).locked():  # as one that goes on
+                assert bar_of(asked(one)[1])[0] == "training"
+    finally:
+        process.kill()
+        process.wait()
 
 
 # ---- what goes wrong ---------------------------------------------------------------------------------------

@@ -125,6 +125,7 @@ class HyperOptimizer:
         check_tuned_tensors(hyperparameters, optimizer, val_loss)
         self.model, self.optimizer = model, optimizer
         self._hyperparameters, self._method = hyperparameters, method
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
         self._problem = make_problem(
             LiveModel([model, *hyperparameters.modules], optimizer, names, hyperparameters.loss_tensors),
             LiveOptimizer(optimizer, rule, hyperparameters.are_per_weight),
@@ -132,9 +133,7 @@ class HyperOptimizer:
             train_loss,
             train_loss if val_loss is None else val_loss,
             grad_transform,
-            recorder_for([p for group in optimizer.param_groups for p in group["params"]])
-            if capture
-            else None,
+            recorder_for(weights) if capture else None,
             twice_differentiable=method.replays and method.needs_second_derivatives,
         )
         self._window = method.start(self._problem)
@@ -144,6 +143,11 @@ class HyperOptimizer:
         self._origin = self._problem.live.state()
         self._number = 0
         self._buffers: Buffers | None = None  # before the window's first step
+
+    @property
+    def method(self) -> Method:
+        """How hypergradients are computed; its ``cost`` is that of a hyper step."""
+        return self._method
 
     # ---- training -----------------------------------------------------------------------------------------
 
@@ -336,9 +340,7 @@ class HyperOptimizer:
         check_rtol(rtol, self._method)
         return AskedValidation(self._problem, validation_batches(val_batch, NOT_GIVEN, batches, sizes), rtol)
 
-    def _hypergradient(
-        self, validate: AskedValidation
-    ) -> tuple[list[Tensor], Reading[float], dict[str, Any]]:
+    def _hypergradient(self, asked: AskedValidation) -> tuple[list[Tensor], Reading[float], dict[str, Any]]:
         """The hypergradient, its norm, and the method's statistics as numbers or readings of them."""
         live, readings = self._problem.live, self._problem.readings
         self._watch.check(self._number)
@@ -347,7 +349,7 @@ class HyperOptimizer:
             check_recorded(steps, readings)
             self._watch.check_values(steps, self._number, readings)
             with live.model.autocast_for_losses(), live.preserved():
-                total, statistics = self._window.hypergradient(validate)
+                total, statistics = self._window.hypergradient(asked)
                 gradients = total.result()
             found = asked_statistics(statistics, readings)
             squares = [g.detach().double().square().sum() for g in gradients]

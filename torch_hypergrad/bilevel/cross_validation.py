@@ -226,7 +226,7 @@ class CrossValidation:
                 "was changed."
             )
         for fold, of_fold in zip(self.folds, saved["folds"]):
-            check_run(of_fold, fold._problem, fold._method, fold.hyper_optimizer)
+            check_run(of_fold, fold._problem, fold.method, fold.hyper_optimizer)
 
     # ---- what the folds share -----------------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ def fit(
     """
     _check_options(tol, method, max_iter)
     given = _checked_batches(hyper, batch, batches)
-    problem, implicit = hyper._problem, hyper._method
+    problem, implicit = hyper._problem, hyper.method
     assert isinstance(implicit, Implicit)
     way = ways(problem.transition.gradient.untransformed(), implicit.second_order)()
     with problem.live.model.autocast_for_losses(), problem.readings.before_errors():
@@ -189,18 +189,18 @@ def _check_options(tol: Any, method: Any, max_iter: Any) -> None:
 
 def _checked_batches(hyper: HyperOptimizer, batch: Any, batches: Iterable[Any] | None) -> list[Any]:
     """The batches. Refuses what the hypergradient would not be about."""
-    if not isinstance(hyper._method, Implicit):
+    if not isinstance(hyper.method, Implicit):
         raise TypeError(
             "fit trains to the optimum that method=Implicit(...) differentiates, and the HyperOptimizer has "
-            f"{type(hyper._method).__name__}, which differentiates training steps. Call step(batch), or take "
+            f"{type(hyper.method).__name__}, which differentiates training steps. Call step(batch), or take "
             "method=Implicit(...)."
         )
     given = list(validation_batches(batch, NOT_GIVEN, batches, None).batches)
     if not given:
         raise ValueError("fit: batches is empty: there is nothing to train on.")
-    if len(given) > hyper._method.num_batches:
+    if len(given) > hyper.method.num_batches:
         raise ValueError(
-            f"fit trains on {len(given)} batches, and Implicit(num_batches={hyper._method.num_batches}) "
+            f"fit trains on {len(given)} batches, and Implicit(num_batches={hyper.method.num_batches}) "
             "would differentiate the optimum on the last of them alone. Pass Implicit(..., "
             f"num_batches={len(given)}), or one batch of all."
         )

@@ -74,31 +74,36 @@ def minimize(
             with a tiny value it vanishes, however much the loss falls further on. Start at a larger value.
     """
     search = _Search(hyper, val_batch, train, max_evals, callback)
-    bounds = search.bounds()
-    _check(method, bounds)
+    _check(method, search.bounds())
     check_positive_int(max_evals, "minimize: max_evals")
-    with tqdm(total=max_evals, desc="minimize", disable=not progress, unit="training") as bar:
-        search.bar = bar
-        try:
-            result = scipy.optimize.minimize(
-                search.value,
-                search.leaves(),
-                jac=True,
-                method=method,
-                bounds=bounds if method in WITH_BOUNDS and _any(bounds) else None,
-                options=options or {},
-            )
-        except _EnoughError:
-            result = OptimizeResult(success=False, status=1, message=f"max_evals={max_evals} was reached.")
-        except BaseException:
-            search.put_back()
-            raise
+    with tqdm(total=max_evals, desc="minimize", disable=not progress, unit="training") as search.bar:
+        result = _run(search, method, options or {})
     search.train_at_best()
+    search.warn_of_log_scale()
     assert search.best is not None
     result.update(x=search.best_leaves, fun=search.best.val_loss, nfev=search.num_evals)
     result.update(jac=search.best_gradient, hyperparameters=search.best_values, evaluation=search.best)
-    search.warn_of_log_scale()
     return result
+
+
+def _run(search: _Search, method: str, options: dict[str, Any]) -> OptimizeResult:
+    """scipy's search, to its end or that of the evaluations; after an error the best values are put back."""
+    bounds = search.bounds()
+    try:
+        return scipy.optimize.minimize(
+            search.value,
+            search.leaves(),
+            jac=True,
+            method=method,
+            bounds=bounds if method in WITH_BOUNDS and _any(bounds) else None,
+            options=options,
+        )
+    except _EnoughError:
+        message = f"max_evals={search.num_evals} was reached."
+        return OptimizeResult(success=False, status=1, message=message)
+    except BaseException:
+        search.put_back()
+        raise
 
 
 class _Search:

@@ -54,7 +54,7 @@ class TrainConfig:
         val_batch_size: validation examples of a hyper step, drawn anew for each. null takes all
         scheduler_every: when the learning-rate scheduler steps
         clip_norm: gradients are scaled down to this norm. null does not
-        precision: bf16 runs the network under autocast
+        precision: bf16 runs the network under autocast in training; the results at its end are in float32
         device: auto takes a GPU where there is one; or cpu, cuda, cuda:1
         threads: threads of the CPU. null leaves them to torch. Bitwise the same results need the same number
         seed: of the split, the label noise, the initial weights, the order of the examples and all noise
@@ -89,8 +89,8 @@ class OutputConfig:
         log_every: training steps between two lines of the training loss
         eval_every: training steps between two evaluations on the training and validation sets. null takes a
             fiftieth of the run
-        eval_size: examples of each set in such an evaluation, always the same; the end of the run takes all.
-            null takes all
+        eval_size: examples of each set in such an evaluation, always the same; null takes all. The end of the
+            run takes all, but of training examples 100,000 at most
         checkpoint_every: training steps between two checkpoints. null takes a tenth of the run
         keep_checkpoints: how many of the last checkpoints stay
         loggers: who is told the metrics as well: tensorboard (event files in the folder), wandb, mlflow

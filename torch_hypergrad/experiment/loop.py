@@ -169,7 +169,7 @@ class Run:
             progress.num_hyper_steps += 1
             window = self.config.train.hyper_every or self.parts.steps
             num_values = sum(value.numel() for value in hyper.values().values())
-            progress.cost += hyper._method.cost(window, num_values, report.num_matvecs)
+            progress.cost += hyper.method.cost(window, num_values, report.num_matvecs)
             self._metrics.hyper_step(progress.step, report, hyper.values())
             self._tell(report.warnings, bar)
         if self.config.train.episodes > 1:

@@ -5,6 +5,7 @@ Recorded batches are row numbers of examples that stay where they are, so that n
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -16,7 +17,7 @@ from .stopping import TrainingError
 from .tasks.base import Batch, Examples, InMemory, Split, Task
 from .tasks.checked import blamed, check_losses
 
-EVALUATION_BATCH = 1000
+EVALUATION_BATCH = 500
 MOST_PREPARED = 2**28  # numbers of training inputs that are prepared once: 1 GiB in float32
 
 
@@ -79,14 +80,16 @@ class Objective:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, examples: Examples, most: int | None = None) -> dict[str, float]:
-        """Loss and metrics on a set, or its first ``most``, without noise, weights or augmentation."""
+        """Loss and metrics on a set, or on ``most`` of it, without noise, weights or augmentation; these are
+        spread evenly over it, and always the same."""
         num = min(most or len(examples), len(examples))
+        chosen = torch.arange(num, device=self.device) * len(examples) // num
         metrics = self.task.metrics()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         true: list[Tensor] = []
         told: dict[str, list[Tensor]] = {name: [] for name in metrics}
         with evaluating(model), self._precision():
-            for rows in torch.arange(num, device=self.device).split(EVALUATION_BATCH):
+            for rows in chosen.split(EVALUATION_BATCH):
                 stored, targets = examples.take(rows)
                 outputs = model(self.task.inputs(stored))
                 loss = loss + self.task.losses(outputs, targets).sum()
@@ -99,6 +102,12 @@ class Objective:
             with self._blamed(name):
                 found[name] = float(metric.function(_array(true), _array(told[name])))
         return {"loss": loss.item() / num, **found}
+
+    def in_float32(self) -> Objective:
+        """The same without autocast."""
+        other = copy.copy(self)
+        other.bf16 = False
+        return other
 
     def prepare(self, rows: Tensor) -> None:
         """A hint that the next training step takes these rows."""

@@ -16,6 +16,9 @@ from .stopping import TrainingError
 from .tasks import Task
 from .tasks.checked import blamed
 
+MOST_TRAINING = 100_000
+"""Training examples that the network of a finished run is evaluated on, at most."""
+
 
 def words_of(task: Task) -> dict[str, Any]:
     """What a report calls things: examples, the loss, the metrics."""
@@ -27,18 +30,27 @@ def words_of(task: Task) -> dict[str, Any]:
 
 
 def summary_of(parts: Parts, progress: dict[str, Any], values: dict[str, Tensor]) -> dict[str, Any]:
-    """The numbers of a finished run; only here is the test set looked at."""
+    """The numbers of a finished run, in float32, as :func:`load_run` computes; only here is the test set
+    looked at. It and the validation set are evaluated whole; of training examples :data:`MOST_TRAINING`,
+    spread evenly over them."""
     sets = {"train": parts.split.train, "val": parts.split.val, "test": parts.split.test}
+    sizes = {name: len(examples) for name, examples in sets.items()}
+    evaluated = {**sizes, "train": min(sizes["train"], MOST_TRAINING)}
+    objective = parts.objective.in_float32()
     counts = {
         "steps": progress["step"],
         **{k: progress[k] for k in ("cost", "num_hyper_steps", "num_skipped", "seconds")},
     }
     return {
         **counts,
-        **{name: parts.objective.evaluate(parts.model, examples) for name, examples in sets.items()},
+        **{
+            name: objective.evaluate(parts.model, examples, evaluated[name])
+            for name, examples in sets.items()
+        },
         "words": words_of(parts.task),
         "inputs": parts.task.state(),
-        "sizes": {name: len(examples) for name, examples in sets.items()},
+        "sizes": sizes,
+        "evaluated": evaluated,
         "num_parameters": sum(p.numel() for p in parts.model.parameters()),
         "num_values": sum(value.numel() for value in values.values()),
         "device": torch.cuda.get_device_name(parts.device)

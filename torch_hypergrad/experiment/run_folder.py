@@ -51,7 +51,7 @@ class RunFolder:
         Raises:
             ConfigError: if another process has it, or the folder cannot be made.
         """
-        lock = FileLock(self.path / ".lock", timeout=0)
+        lock = FileLock(self.path / ".lock", timeout=0.5)  # a live view looks at it for an instant
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from .report.read import read_run
 from .report.style import DPI, Picture, finish, fixed, number, panels, report_style
 from .run_folder import RunFolder, as_dict
 from .stopping import TrainingError, stop_on_signals
-from .study import COST, FOLDER, REASON, Search
+from .study import COST, FOLDER, REASON, Search, begun
 from .workers import workers
 
 FEWEST = 3  # complete trials that a picture needs
@@ -70,7 +71,8 @@ def report_of_study(search: Search) -> Path:
     with report_style():
         drawn = (_best_against_cost(study), *(_plotted(study, *plot) for plot in PLOTS))
         pictures = [picture for picture in drawn if picture is not None]
-    trials = study.get_trials(deepcopy=False)
+    trials = begun(study)
+    states = Counter(trial.state for trial in trials)
     table = pd.DataFrame(
         {"trial": str(trial.number), "state": trial.state.name.lower(), **_cells(trial)} for trial in trials
     )
@@ -86,7 +88,7 @@ def report_of_study(search: Search) -> Path:
         ),
         numbers=_best(study),
         facts=[
-            ("Trials", ", ".join(f"{len(_of(study, state))} {state.name.lower()}" for state in SHOWN)),
+            ("Trials", ", ".join(f"{states[state]} {state.name.lower()}" for state in SHOWN)),
             (
                 "Cost",
                 f"as much as {sum(trial.user_attrs.get(COST, 0) for trial in trials):,.0f} training steps",

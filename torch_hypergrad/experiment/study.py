@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ STARTED = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 LONGEST_NAME = 100
 
 
-class StoppedError(Exception):
-    """A trial that a signal ended; it is tried again."""
+class TakenBackError(Exception):
+    """A trial that a signal ended, which is queued again; or one too many, before it trains."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,11 @@ class Search:
         sampler: a name of :data:`torch_hypergrad.search.SAMPLERS`.
         pruner: a name of :data:`torch_hypergrad.search.PRUNERS`; it sees the validation loss of each
             evaluation.
-        num_trials: when it ends.
-        budget: or when the trials together cost so many training steps, to the nearest trial.
+        num_trials: how many are trained, however many workers there are: those that run, are complete or
+            pruned. One that failed, or lost its worker, is made up for.
+        budget: or when the trials together cost so many training steps, to the nearest trial: another begins
+            if half of it, at the mean cost, still fits. Running ones are taken to cost the mean at least;
+            before the first has ended nothing is known, and each worker begins one.
         storage: a URL that others can join by. None is a file in the folder.
         name: of the study.
         grid_points: of the sampler grid: values of each range.
@@ -96,7 +100,7 @@ class Search:
         if storage is None and not in_memory:
             self.folder.mkdir(parents=True, exist_ok=True)
             storage = f"journal:///{(self.folder / 'study.log').resolve()}"
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # what became of a trial is told here
         space, seed = self._stored_space(), self.config.train.seed
         try:
             grid = self.sampler == "grid"
@@ -161,26 +165,38 @@ class Search:
         study = self.study()
         objective = objective_of(lambda trial, settings: self._train(trial, settings, stop))
         while not stop.requested and not self._over(study):
-            try:
+            with suppress(TakenBackError):
                 study.optimize(objective, n_trials=1, callbacks=[_tell])
-            except StoppedError:
-                break
-        ended = study.get_trials(deepcopy=False)
-        if not stop.requested and not any(trial.state == TrialState.COMPLETE for trial in ended):
-            reasons = [trial.user_attrs.get(REASON) for trial in ended if REASON in trial.user_attrs]
+        trials = study.get_trials(deepcopy=False)
+        hopeful = any(trial.state in (TrialState.COMPLETE, TrialState.RUNNING) for trial in trials)
+        if not stop.requested and not hopeful:
+            reasons = [trial.user_attrs[REASON] for trial in trials if REASON in trial.user_attrs]
             reason = (reasons or ["All were pruned."])[-1]
             raise TrainingError(f"No trial of {self.folder} was finished. {reason}")
 
     def _over(self, study: Study) -> bool:
-        if isinstance(study.sampler, GridSampler) and study.sampler.is_exhausted(study):
-            return True
+        exhausted = isinstance(study.sampler, GridSampler) and study.sampler.is_exhausted(study)
+        queued = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return (exhausted and not queued) or self._exceeded(study, more=1)
+
+    def _exceeded(self, study: Study, more: int) -> bool:
+        """Whether the trials that have begun, and ``more``, are too many or too dear."""
         started = study.get_trials(deepcopy=False, states=STARTED)
-        if self.num_trials is not None and len(started) >= self.num_trials:
+        if self.num_trials is not None and len(started) + more > self.num_trials:
             return True
-        costs = [trial.user_attrs[COST] for trial in started if COST in trial.user_attrs]
-        return self.budget is not None and bool(costs) and sum(costs) * (1 + 0.5 / len(costs)) > self.budget
+        running = [trial.user_attrs.get(COST, 0.0) for trial in started if not trial.state.is_finished()]
+        ended = [t.user_attrs[COST] for t in started if t.state.is_finished() and COST in t.user_attrs]
+        if self.budget is None or not ended:
+            return False
+        mean = sum(ended) / len(ended)
+        expected = sum(ended) + sum(max(cost, mean) for cost in running)
+        return expected + (more - 0.5) * mean > self.budget
 
     def _train(self, trial: Trial, settings: dict[str, Any], stop: StopRequest) -> float:
+        if self._exceeded(trial.study, more=0):  # others began one at the same moment
+            if trial.study.get_trials(deepcopy=False)[trial.number].system_attrs:  # of the queue, or a grid
+                trial.study.enqueue_trial(trial.params)
+            raise TakenBackError
         folder = RunFolder(self.folder / name_of(settings))
         trial.set_user_attr(FOLDER, str(folder.path))
 
@@ -197,10 +213,16 @@ class Search:
             raise optuna.TrialPruned(one_line(error)) from error
         if not finished:
             trial.study.enqueue_trial(trial.params)
-            raise StoppedError
+            raise TakenBackError
         summary = json.loads(folder.summary_file.read_text(encoding="utf-8"))
         trial.set_user_attr(COST, summary["cost"])
         return float(summary["val"]["loss"])
+
+
+def begun(study: Study) -> list[FrozenTrial]:
+    """The trials that were not taken back before they trained, and are not queued."""
+    trials = study.get_trials(deepcopy=False)
+    return [trial for trial in trials if FOLDER in trial.user_attrs and trial.state != TrialState.WAITING]
 
 
 def _tell(study: Study, trial: FrozenTrial) -> None:

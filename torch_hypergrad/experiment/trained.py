@@ -23,7 +23,8 @@ class TrainedModel(nn.Module):
 
     .. math:: f(\mathrm{prepared}(x)),
 
-    in evaluation mode. Inputs of images are bytes, or numbers from 0 to 1.
+    in evaluation mode. Inputs of images are bytes, or numbers from 0 to 1. It computes in float32, also where
+    training ran in bf16; so do the results at the end of a run, and in its report.
 
     Args:
         network: maps prepared inputs to outputs.

@@ -23,6 +23,7 @@ PAUSE = 3.0  # seconds between two questions of a page, and between two drawings
 SHARE = 4.0  # a report is not drawn again for this many times what it took: the processor is for training
 FINISHED = "finished"
 FILES = ("config.yaml", "metrics.jsonl", "summary.json")
+LOCK = ".lock"
 
 WriteReport = Callable[[Sequence[Path], Path], Path]
 
@@ -44,15 +45,15 @@ class LivePage:
         self, folders: Sequence[Path], write: WriteReport, links: Mapping[Path, str], pause: float = PAUSE
     ) -> None:
         self._folders, self._write, self._links, self._pause = folders, write, links, pause
-        self._drawn_of: list[tuple[int, int] | None] | None = None
+        self._drawn_of: tuple[str, list[tuple[int, int] | None]] | None = None
         self._not_before = 0.0
         self._answer = Answer(HTTPStatus.NOT_FOUND, "")
 
     def __call__(self) -> Answer:
         """The page as it stands, or one that says what is wrong."""
         with self._drawing:
-            written = [_stamp(folder / name) for folder in self._folders for name in FILES]
             state, message = self._state()  # before the report is drawn: no page is finished and shows less
+            written = message, [_stamp(folder / name) for folder in self._folders for name in FILES]
             began = time.monotonic()
             if written != self._drawn_of and (began >= self._not_before or state == FINISHED):
                 self._answer = self._draw(state, message)
@@ -79,15 +80,19 @@ class LivePage:
         return page
 
     def _state(self) -> tuple[str, str]:
-        """Whether all runs have finished, and what to say of them."""
-        count = len(self._folders)
-        finished = sum((folder / "summary.json").is_file() for folder in self._folders)
-        if finished == count:
+        """Whether all runs have finished, some are training, or none is, and what to say of them."""
+        open_ones = [folder for folder in self._folders if not _has_finished(folder)]
+        if not open_ones:
             return FINISHED, "Finished: this page will not change."
+        stopped = [each for each in open_ones if not (_is_held(each / LOCK) or _has_finished(each))]
         stamps = [stamp for folder in self._folders if (stamp := _stamp(folder / "metrics.jsonl"))]
         last = time.strftime("last written %X", time.localtime(max(stamps)[0] / 1e9)) if stamps else "begun"
-        of_several = f"{finished} of {count} runs finished. " if count > 1 else ""
-        return "training", f"{of_several}Live: {last}"
+        state = "training" if len(stopped) < len(open_ones) else "interrupted"
+        count, told = len(self._folders), f"{'Live' if state == 'training' else 'Interrupted'}: {last}"
+        if count > 1:
+            interrupted = f", {len(stopped)} interrupted" if stopped else ""
+            told = f"{count - len(open_ones)} of {count} runs finished{interrupted}. {told}"
+        return state, f"{told}. Go on with: torch-hypergrad resume {stopped[0]}" if stopped else told
 
     def _live(self, status: HTTPStatus, page: str, state: str, message: str) -> Answer:
         """A page with the part that renews it."""
@@ -120,6 +125,25 @@ def _stamp(file: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_mtime_ns, status.st_size
+
+
+def _has_finished(folder: Path) -> bool:
+    return (folder / "summary.json").is_file()
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process trains with this lock. Where it cannot be told, as if one did: on Windows, or a file
+    system without locks."""
+    try:
+        import fcntl
+
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return False
 
 
 def pages_of(folders: Sequence[Path], write: WriteReport, pause: float = PAUSE) -> dict[str, LivePage]:

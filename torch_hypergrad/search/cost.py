@@ -20,7 +20,7 @@ def hyper_step_cost(hyper: HyperOptimizer, report: HyperReport | Evaluation, win
         window: training steps since the last one.
     """
     num_values = sum(value.numel() for value in hyper.values().values())
-    return hyper._method.cost(window, num_values, report.num_matvecs)
+    return hyper.method.cost(window, num_values, report.num_matvecs)
 
 
 def best_so_far(study: Study) -> tuple[list[float], list[float]]:

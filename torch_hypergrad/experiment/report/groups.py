@@ -148,7 +148,7 @@ def table_of_run(run: RecordedRun) -> pd.DataFrame:
     sources = {
         "test": ("test", run.results),
         "validation": ("val", run.results),
-        "training": ("train", run.results),
+        f"training{_of_all(run)}": ("train", run.results),
         "test, without tuning": ("test", run.baseline),
     }
     rows = [
@@ -158,6 +158,14 @@ def table_of_run(run: RecordedRun) -> pd.DataFrame:
         if results.get(f"{part}.loss") is not None or (name == "test" and not run.results)
     ]
     return pd.DataFrame(rows)
+
+
+def _of_all(run: RecordedRun) -> str:
+    """How many training examples were evaluated, if these were not all."""
+    summary = run.summary or {}
+    every = summary.get("sizes", {}).get("train", 0)
+    some = summary.get("evaluated", {}).get("train", every)
+    return f" ({some:,} of {every:,})" if some < every else ""
 
 
 # ---- what was tuned, what differs --------------------------------------------------------------------------
