@@ -93,7 +93,10 @@ def test_pictures_are_given_their_classes(
 
 def test_what_cannot_be_used_is_refused(finished: tuple[Config, Path], tmp_path: Path) -> None:
     _, run = finished
-    assert "holds no finished run" in refused("predict", tmp_path, "picture.png")
+    assert "got no config.yaml in it" in refused("predict", tmp_path, "picture.png")
+    assert "got no such folder" in refused("predict", tmp_path / "nowhere", "picture.png")
+    (tmp_path / "config.yaml").touch()
+    assert f"Go on with: torch-hypergrad resume {tmp_path}" in refused("predict", tmp_path, "picture.png")
     assert "no readable picture" in refused("predict", run, tmp_path / "nothing.png")
 
 

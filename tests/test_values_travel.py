@@ -202,7 +202,7 @@ def test_an_onnx_file_gives_the_same(tuned: tuple[Path, Path], tmp_path: Path) -
 
 def test_what_cannot_be_exported_is_refused(tuned: tuple[Path, Path], tmp_path: Path) -> None:
     assert "--to must be one of onnx, torchscript, state_dict" in refused("export", tuned[1], "--to", "tf")
-    assert "holds no finished run" in refused("export", tmp_path)
+    assert "expected the folder of a finished run" in refused("export", tmp_path)
 
 
 # ---- the end of a run --------------------------------------------------------------------------------------

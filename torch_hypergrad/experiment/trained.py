@@ -69,8 +69,11 @@ def load_run(folder: Path | str) -> TrainedModel:
         ConfigError: if there is no finished run in ``folder``, or its files do not fit together.
     """
     run = RunFolder(Path(folder).expanduser())
+    if not run.finished and not run.config_file.is_file():
+        found = "no such folder" if not run.path.exists() else f"no {run.config_file.name} in it"
+        raise ConfigError(f"{folder}: expected the folder of a finished run, got {found}.")
     if not run.finished:
-        raise ConfigError(f"{folder} holds no finished run. Go on with: torch-hypergrad resume {folder}")
+        raise ConfigError(f"The run in {folder} is not finished. Go on with: torch-hypergrad resume {folder}")
     summary = json.loads(run.summary_file.read_text(encoding="utf-8"))
     config, state = summary.get("config", {}), summary.get("inputs", {})
     if is_old(config) or "input_shape" not in state:
