@@ -19,14 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runs import CONFIGS, CONFIGURATIONS, run_command
-from torch_hypergrad import Unrolled
+from torch_hypergrad import CG, Implicit, Unrolled
 from torch_hypergrad.cli import main
 from torch_hypergrad.experiment import start
 from torch_hypergrad.experiment.build import make_method
 from torch_hypergrad.experiment.checks import check
 from torch_hypergrad.experiment.config import Config, ConfigError
-from torch_hypergrad.experiment.keys import check_content
-from torch_hypergrad.experiment.old import is_old, modern
+from torch_hypergrad.experiment.old import is_old, today
+from torch_hypergrad.experiment.options import section
 from torch_hypergrad.experiment.parsing import _take_config, read_config
 from torch_hypergrad.experiment.stopping import StopRequest
 
@@ -133,9 +133,11 @@ def test_help_shows_every_key_with_type_default_and_meaning(
         (["--tuen=3"], "The nearest is tune"),
         (["--tune.weight_decay.pre=group"], "The nearest is tune.weight_decay.per"),
         (["--batch_size=3"], "The nearest is train.batch_size"),
+        (["--train.lr=3"], "The nearest is optimizer.lr"),
+        (["--conf=here.yaml"], "The nearest is config"),
         (["--tune.betas.0.pre=group"], "The nearest is tune.betas.0.per"),
-        (["--train.batch_size=1.5"], "train.batch_size: expected int or null. Got 1.5."),
-        (["--train.batch_size=0"], "train.batch_size must be at least 1, got 0"),
+        (["--train.batch_size=1.5"], "train.batch_size: got 1.5, expected int of at least 1 or null."),
+        (["--train.batch_size=0"], "train.batch_size: got 0, expected int of at least 1 or null."),
         (["--task.data=mnst"], "task.data: got 'mnst', expected one of digits, mnist"),
         (["--tune.weight_decay.per=elment"], "The nearest is element."),
         (["--optimizer.name=Adm"], "optimizer: there is no Adm. The nearest is Adam;"),
@@ -169,7 +171,7 @@ def test_help_shows_every_key_with_type_default_and_meaning(
         (["--method={name: Unrolled, max_graphs: 0}"], "max_graphs must be at least 1, got 0"),
         (
             ["--method=Unrolled", "--method.max_graphs=some"],
-            "max_graphs must be an int or None, got 'some'.",
+            "method.max_graphs: got 'some', expected int or null.",
         ),
         (
             ["--method.second_order=reversed"],
@@ -193,8 +195,8 @@ def test_help_shows_every_key_with_type_default_and_meaning(
         (["--train.device=cuda:77"], "train.device=cuda:77 cannot be used"),
         (["--train.device=meta"], "holds no numbers"),
         (["--train.device=toaster"], "train.device=toaster cannot be used"),
-        (["--train.seed=-1"], "train.seed must be in"),
-        (["--train.clip_norm=-1"], "train.clip_norm must be positive"),
+        (["--train.seed=-1"], "train.seed: got -1, expected int from 0 to 2**32 - 1."),
+        (["--train.clip_norm=-1"], "train.clip_norm: got -1, expected positive, finite number or null."),
         (["--task.label_noise=1"], "task.label_noise"),
         (["--train.part=val"], "overfits them"),
         (["--task.train_size=5000"], "5000"),
@@ -204,7 +206,7 @@ def test_help_shows_every_key_with_type_default_and_meaning(
             ["--model", "torch.nn.Linear", "--model.in_features=3", "--model.out_features=10"],
             "fails on inputs of shape",
         ),
-        (["--compare.grid_points=0"], "compare.grid_points must be at least 1"),
+        (["--compare.grid_points=0"], "compare.grid_points: got 0, expected int of at least 1."),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -240,9 +242,12 @@ def test_ways_that_do_not_go_together_are_refused(method: str, message: str, tmp
             "{name: Unrolled, second_order: finite_difference, max_snapshots: 4}",
             Unrolled(truncation=10, max_snapshots=4, second_order="finite_difference"),
         ),
+        ("{solver: CG}", Implicit(CG())),
+        ("{solver: {name: CG, max_steps: 3}}", Implicit(CG(3))),
+        ("{solver: cg, max_steps: 3}", Implicit(CG(3))),  # as in version 0.1
     ],
 )
-def test_the_method_of_a_configuration(method: str, expected: Unrolled, tmp_path: Path) -> None:
+def test_the_method_of_a_configuration(method: str, expected: Implicit | Unrolled, tmp_path: Path) -> None:
     file = tmp_path / "good.yaml"
     file.write_text(f"{UNROLLED_START}\nmethod: {method}\n")
     assert make_method(read_config(file)) == expected
@@ -257,7 +262,7 @@ def test_the_method_of_a_configuration(method: str, expected: Unrolled, tmp_path
         ("tune: {weight_decay: 1.0e-3}", "tune.weight_decay is a section"),
         ("3: {}", "Keys are names"),
         ("train: {stesp: 3}", "The nearest is train.steps"),
-        ("train: {steps: many}", "expected int or null. Got many."),
+        ("train: {steps: many}", "train.steps: got 'many', expected int of at least 1 or null."),
         ("train: !!python/object/apply:os.getcwd []", "is no YAML"),
     ],
 )
@@ -468,10 +473,10 @@ OLD = {
 def test_configurations_of_version_0_1_are_read(text: str) -> None:
     content = yaml.safe_load(text)
     assert is_old(content)
-    new = modern(content)
+    new = today(content)
     assert {section: new[section] for section in OLD[text]} == OLD[text]
     assert not is_old(new)
-    check_content(new, "here")
+    section(Config, new)
     if "train_on" in text:
         assert new["train"] == {"part": "val"}
     if "every: epoch" in text:

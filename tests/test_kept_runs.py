@@ -469,7 +469,7 @@ def test_a_malicious_or_careless_file_is_refused_at_once(text: str, message: str
         ("--hyper_optimizer.differentiable=true", "do not need it"),
         ("--model.dropout=.nan", "finite"),
         ("--model.width=0", "width must be at least 1"),
-        ("--output.folder=", "output.folder is empty"),
+        ("--output.folder=", "output.folder: got '', expected non-empty str or null."),
         ("--tune=" + "[" * 5000, "[[[..."),
     ],
     ids=lambda value: value[:50],

@@ -20,6 +20,7 @@ from sklearn.metrics import f1_score, r2_score, root_mean_squared_error
 from torch import Tensor, nn
 
 from runs import check_equal_runs
+from test_configurations import refused
 from test_resume import StopAfter
 from test_training_loop import configured, rows_of, run, summary_of
 from torch_hypergrad import load_run
@@ -337,7 +338,19 @@ def test_classes_are_not_too_few_or_too_many(num: int, tmp_path: Path) -> None:
     table = pd.DataFrame({"x": range(2000), "y": np.arange(2000) % num})
     write(table, tmp_path / "t.csv")
     with pytest.raises(ConfigError, match=f"y has {num} different values"):
-        TabularClassification(str(tmp_path / "t.csv"), "y").load(seed=0)
+        TabularClassification(str(tmp_path / "t.csv"), target="y").load(seed=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task.taget=y"], "task: TabularClassification has no taget. Did you mean target?"),
+        (["--task.val_size=many"], "task.val_size: got 'many', expected int."),
+    ],
+)
+def test_arguments_of_the_base_class_are_checked_as_its_own(flags: list[str], message: str) -> None:
+    given = ["--task=TabularClassification", "--task.data=iris", "--method=null", "--train.steps=1"]
+    assert message in refused("train", *given, *flags)
 
 
 # ---- runs --------------------------------------------------------------------------------------------------

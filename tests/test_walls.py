@@ -71,8 +71,9 @@ INNER_ORDER = {
 
 # The same inside the user's layer. A report reads the files of runs, and knows nothing of what wrote them.
 EXPERIMENT_ORDER = (
-    ("config",),
-    ("checks", "edits", "keys", "loggers", "loopback", "old", "options", "order", "plain", "stopping"),
+    ("config", "messages"),
+    ("import_path",),
+    ("checks", "edits", "loggers", "loopback", "old", "options", "order", "plain", "stopping"),
     ("networks", "parsing", "view"),
     ("tasks", "values"),
     ("run_folder",),

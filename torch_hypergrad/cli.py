@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from . import __version__
 from .experiment.config import Config, ConfigError
+from .experiment.options import one_line
 from .experiment.parsing import Request, add_config, as_yaml, class_asked_for, config_of, lay_over, parse
 from .experiment.stopping import TrainingError
 
@@ -59,85 +60,70 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         version=__version__,
     )
     commands = {
-        name: ArgumentParser(exit_on_error=False, description=text, usage=f"torch-hypergrad {USAGE[name]}")
-        for name, text in DESCRIPTIONS.items()
+        name: ArgumentParser(
+            exit_on_error=False, description=one_line(run.__doc__), usage=f"torch-hypergrad {USAGE[name]}"
+        )
+        for name, run in COMMANDS.items()
     }
     _add_arguments(commands)
     subcommands = parser.add_subcommands(dest="command", required=True)
     for name, command in commands.items():
-        subcommands.add_subcommand(name, command, help=DESCRIPTIONS[name])
+        subcommands.add_subcommand(name, command, help=command.description)
     return parser, commands
 
 
 def _add_arguments(commands: dict[str, ArgumentParser]) -> None:
     for name in CONFIGURED:
         add_config(commands[name])
-    for flag, meaning in {
-        "--dry_run": "check and build everything, train nothing",
-        "--print_config": "print the configuration that results, train nothing",
-    }.items():
-        commands["train"].add_argument(flag, type=bool, nargs="?", const=True, default=False, help=meaning)
-    commands["resume"].add_argument("run_dir", type=Path | None, nargs="?", help="the folder of the run")
-    commands["resume"].add_argument(
-        "--last",
-        type=bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="the run in runs/ that was last written to",
-    )
-    commands["report"].add_argument(
-        "run_dirs", type=Path, nargs="+", help="folders of runs; several are compared"
-    )
-    commands["report"].add_argument("--out", type=Path | None, default=None, help="folder of the report")
-    commands["view"].add_argument(
-        "run_dirs", type=Path, nargs="+", help="folders of runs; several are compared"
-    )
-    commands["view"].add_argument("--port", type=int, default=8765, help="of 127.0.0.1; 0 takes a free one")
-    commands["predict"].add_argument("run_dir", type=Path, help="the folder of a finished run")
-    commands["predict"].add_argument(
-        "files", type=Path, nargs="+", help="pictures, tables or texts, as the run has"
-    )
-    commands["train"].add_argument(
-        "--fixed", type=str, help="train.fixed, with one episode and no hyper steps"
-    )
-    commands["train"].add_argument("--baseline", type=bool | None, default=None, help="output.baseline")
-    commands["train"].add_argument(
-        "--seeds", type=int, default=1, help="how many runs, with seeds from train.seed on, and one report"
-    )
-    commands["train"].add_argument(
-        "--jobs", type=int, default=1, help="how many of these at a time, each a process"
-    )
-    commands["export"].add_argument("run_dir", type=Path, help="the folder of a finished run")
-    commands["export"].add_argument("--to", type=str, default="onnx", help="onnx, torchscript or state_dict")
-    commands["export"].add_argument("--out", type=Path | None, default=None, help="the file")
-    for flag, (kind, default, meaning) in SEARCH_FLAGS.items():
-        commands["search"].add_argument(flag, type=kind, default=default, help=meaning)
-    commands["compare"].add_argument(
-        "--seeds", type=int, default=3, help="how many seeds, from train.seed on"
-    )
-    commands["compare"].add_argument(
-        "--jobs", type=int, default=1, help="how many runs at a time, each a process"
-    )
+    for command, names in PLACES.items():
+        for name, (kind, number, meaning) in names.items():
+            commands[command].add_argument(name, type=kind, nargs=number, help=meaning)
+    for command, flags in FLAGS.items():
+        for name, (kind, default, meaning) in flags.items():
+            bare: dict[str, Any] = {"nargs": "?", "const": True} if kind is bool else {}
+            commands[command].add_argument(name, type=kind, default=default, help=meaning, **bare)
 
 
-SEARCH_FLAGS: dict[str, tuple[Any, Any, str]] = {
-    "--sampler": (str, "tpe", "tpe, random, grid, gp, cmaes, nsga2 or another of torch_hypergrad.search"),
-    "--trials": (int, 20, "how many runs"),
-    "--pruner": (str, "none", "none, median, percentile, asha or hyperband: gives up runs that lag behind"),
-    "--storage": (str | None, None, "URL of the study, for others to join. null is a file in its folder"),
-    "--workers": (int, 1, "how many runs at a time, each a process"),
+RUNS = {"run_dirs": (Path, "+", "folders of runs; several are compared")}
+FINISHED = {"run_dir": (Path, None, "the folder of a finished run")}
+PLACES: dict[str, dict[str, tuple[Any, str | None, str]]] = {
+    "resume": {"run_dir": (Path | None, "?", "the folder of the run")},
+    "report": {**RUNS},
+    "view": {**RUNS},
+    "export": {**FINISHED},
+    "predict": {**FINISHED, "files": (Path, "+", "pictures, tables or texts, as the run has")},
 }
-DESCRIPTIONS = {
-    "train": "Trains by a configuration, tunes while training, and writes a report.",
-    "resume": "Goes on with a run that was stopped, killed or lost; the result is bitwise the same on a CPU.",
-    "report": "Writes the report of a run, or compares several.",
-    "search": "Trains many runs, and searches what space names; hypergradients tune the rest.",
-    "view": "Shows the report of a run in the browser, renewed while training goes on.",
-    "compare": "Trains the same model with fixed, searched and tuned hyperparameters, "
-    "and compares them on the test set.",
-    "export": "Writes the network of a finished run in another format.",
-    "predict": "Prints what the network of a finished run says of files.",
+FLAGS: dict[str, dict[str, tuple[Any, Any, str]]] = {
+    "train": {
+        "--dry_run": (bool, False, "check and build everything, train nothing"),
+        "--print_config": (bool, False, "print the configuration that results, train nothing"),
+        "--fixed": (str | None, None, "train.fixed, with one episode and no hyper steps"),
+        "--baseline": (bool | None, None, "output.baseline"),
+        "--seeds": (int, 1, "how many runs, with seeds from train.seed on, and one report"),
+        "--jobs": (int, 1, "how many of these at a time, each a process"),
+    },
+    "resume": {"--last": (bool, False, "the run in runs/ that was last written to")},
+    "report": {"--out": (Path | None, None, "folder of the report")},
+    "view": {"--port": (int, 8765, "of 127.0.0.1; 0 takes a free one")},
+    "export": {
+        "--to": (str, "onnx", "onnx, torchscript or state_dict"),
+        "--out": (Path | None, None, "the file"),
+    },
+    "search": {
+        "--sampler": (str, "tpe", "tpe, random, grid, gp, cmaes, nsga2 or another of torch_hypergrad.search"),
+        "--trials": (int, 20, "how many runs"),
+        "--pruner": (
+            str,
+            "none",
+            "none, median, percentile, asha or hyperband: gives up runs that lag behind",
+        ),
+        "--storage": (str | None, None, "URL of the study, for others to join. null is a file in its folder"),
+        "--workers": (int, 1, "how many runs at a time, each a process"),
+    },
+    "compare": {
+        "--seeds": (int, 3, "how many seeds, from train.seed on"),
+        "--jobs": (int, 1, "how many runs at a time, each a process"),
+    },
 }
 USAGE = {
     "train": "train [--config FILE] [--KEY VALUE ...] [--fixed FILE] [--seeds N] [--jobs N]",
@@ -163,6 +149,7 @@ def _class_help(section: str, name: str) -> int:
 
 
 def _train(request: Request, arguments: Namespace) -> int:
+    """Trains by a configuration, tunes while training, and writes a report."""
     config = config_of(_with_shorthands(request.content, arguments))
     if arguments.print_config:
         print(as_yaml(config), end="")
@@ -207,6 +194,7 @@ def _stopped(folder: Path, signal_number: int) -> int:
 
 
 def _resume(request: Request, arguments: Namespace) -> int:
+    """Goes on with a run that was stopped, killed or lost; the result is bitwise the same on a CPU."""
     if (arguments.run_dir is not None) == arguments.last:
         raise ConfigError("resume takes the folder of a run, or --last for the last one in runs/.")
     from .experiment import start
@@ -216,11 +204,13 @@ def _resume(request: Request, arguments: Namespace) -> int:
 
 
 def _report(request: Request, arguments: Namespace) -> int:
+    """Writes the report of a run, or compares several."""
     out = arguments.out and arguments.out.expanduser()
     return _show([folder.expanduser() for folder in arguments.run_dirs], out)
 
 
 def _view(request: Request, arguments: Namespace) -> int:
+    """Shows the report of a run in the browser, renewed while training goes on."""
     from .experiment.view import WriteReport, view
 
     def load() -> WriteReport:
@@ -233,6 +223,8 @@ def _view(request: Request, arguments: Namespace) -> int:
 
 
 def _compare(request: Request, arguments: Namespace) -> int:
+    """Trains the same model with fixed, searched and tuned hyperparameters, and compares them on the test
+    set."""
     from .experiment.compare import compare
 
     _keep_freed_memory()
@@ -245,6 +237,7 @@ def _compare(request: Request, arguments: Namespace) -> int:
 
 
 def _search(request: Request, arguments: Namespace) -> int:
+    """Trains many runs, and searches what space names; hypergradients tune the rest."""
     from .experiment.search import report_of_study, search, table_of_study
     from .experiment.start import folder_of
     from .experiment.study import Search
@@ -270,6 +263,7 @@ def _search(request: Request, arguments: Namespace) -> int:
 
 
 def _export(request: Request, arguments: Namespace) -> int:
+    """Writes the network of a finished run in another format."""
     from .experiment.export import export
 
     out = arguments.out and arguments.out.expanduser()
@@ -281,6 +275,7 @@ def _export(request: Request, arguments: Namespace) -> int:
 
 
 def _predict(request: Request, arguments: Namespace) -> int:
+    """Prints what the network of a finished run says of files."""
     from .experiment.trained import load_run
 
     for row in load_run(arguments.run_dir).predict([file.expanduser() for file in arguments.files]):

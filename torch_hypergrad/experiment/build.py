@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -18,12 +18,14 @@ from ..hyper_optimizer import HyperOptimizer
 from ..methods import Method, Unrolled
 from ..transforms import clip_grad_norm
 from ..tune.hyperparameter import Hyperparameter
-from .catalog import KNOWN
+from .catalog import BASES, known
+from .checks import check_length
 from .config import Config, ConfigError, Named, Tune, setting_of
 from .loggers import check_loggers
+from .messages import one_line
 from .networks import make_network
 from .objective import Objective
-from .options import find, make, one_line
+from .options import find, make
 from .order import Shuffled
 from .plain import PlainTraining
 from .tasks import Split, Task
@@ -70,7 +72,7 @@ def build(config: Config) -> Parts:
     task, split = copy.copy(task), split.part(train.part)
     order = Shuffled(len(split.train), train.batch_size, train.seed)
     steps = train.steps if train.steps is not None else train.epochs * order.batches_per_epoch  # type: ignore[operator]
-    _check_length(config, steps)
+    check_length(config, steps)
     torch.manual_seed(train.seed)
     model = make_network(config.model, task.input_shape, task.num_outputs, task.input_dtype).to(device)
     tensors = {name: task.loss_tensor(name) for name in config.tune}
@@ -86,7 +88,7 @@ def build(config: Config) -> Parts:
     )
     _set_values(config, training)
     val_order = Shuffled(len(split.val), train.val_batch_size, train.seed + 1)
-    scheduler = _scheduler(config.scheduler, optimizer)
+    scheduler = _make(config.scheduler, "scheduler", optimizer, skip={"optimizer"})
     return Parts(device, objective, model, training, scheduler, order, val_order, steps)
 
 
@@ -103,7 +105,7 @@ def make_task(task: Named) -> Task:
     Raises:
         ConfigError: one line.
     """
-    return make(task, KNOWN["task"](), Task, "task")
+    return _make(task, "task")
 
 
 def choose_device(name: str) -> torch.device:
@@ -127,17 +129,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _check_length(config: Config, steps: int) -> None:
-    train = config.train
-    first = train.warmup + (train.hyper_every or 0)
-    if config.method is not None and first > steps:
-        raise ConfigError(
-            "The first hyper step would be at train.warmup + train.hyper_every "
-            f"= {first}, and train.epochs={train.epochs} makes {steps} training "
-            "steps: nothing would be tuned. Train longer, or lower one of them."
-        )
-
-
 def _example_logits(config: Config, num: int, device: torch.device) -> Tensor | None:
     tune = config.tune.get("example_weights")
     if tune is None:
@@ -152,45 +143,37 @@ def make_optimizer(named: Named, section: str, params: list[Tensor]) -> Optimize
     Raises:
         ConfigError: one line that names the key under ``section``.
     """
-    name = named.get("name")
-    if name in NOT_FOR_NETWORKS:
-        raise ConfigError(f"{section}={name} {NOT_FOR_NETWORKS[name]}. Take SGD, Adam or another one.")
-    for key, value in named.items():
-        reason = _why_not(key, value)
-        if reason is not None:
+    for key, (trains, reason) in NEEDED_TO_TRAIN.items():
+        value = named.get(key, 0)
+        if isinstance(value, (int, float)) and not trains(value):
             raise ConfigError(f"{section}.{key}={value}: {reason}")
-    return make(named, KNOWN["optimizer"](), Optimizer, section, params, skip={"params"})
+    return _make(named, section, params, skip={"params"})
 
 
-NOT_FOR_NETWORKS = {
-    "SparseAdam": "needs sparse gradients, which no network here has",
-    "LBFGS": "evaluates the loss several times a step, which this loop does once",
+LARGEST = torch.finfo(torch.float32).max
+NEEDED_TO_TRAIN: dict[str, tuple[Callable[[float], bool], str]] = {
+    "differentiable": (lambda value: not value, "hypergradients do not need it. Leave it out."),
+    "maximize": (lambda value: not value, "it would make the loss as large as possible. Leave it out."),
+    "momentum": (lambda value: not value >= 1, "steps would grow without end. It must be below 1."),
+    "lr": (lambda value: not abs(value) > LARGEST, "it is beyond what float32 can hold. Take a smaller one."),
 }
+"""Of options that torch takes, and that would not train."""
 
 
-def _why_not(key: str, value: Any) -> str | None:
-    """What torch takes for an option, and would not train."""
-    if key == "differentiable" and value:
-        return "hypergradients do not need it. Leave it out."
-    if key == "maximize" and value:
-        return "it would make the loss as large as possible. Leave it out."
-    if key == "momentum" and isinstance(value, (int, float)) and value >= 1:
-        return "steps would grow without end. It must be below 1."
-    if key == "lr" and isinstance(value, (int, float)) and abs(value) > torch.finfo(torch.float32).max:
-        return "it is beyond what float32 can hold. Take a smaller one."
-    return None
-
-
-def _scheduler(named: Named | None, optimizer: Optimizer) -> lr_scheduler.LRScheduler | None:
+def _make(named: Named | None, section: str, *args: Any, skip: Collection[str] = ()) -> Any:
+    """What a section names, None if it is null. Raises as :func:`make`."""
     if named is None:
         return None
-    if named["name"] == "ReduceLROnPlateau":
-        raise ConfigError(
-            "scheduler=ReduceLROnPlateau needs a metric at each step, which the loop does not give it."
-        )
-    return make(
-        named, KNOWN["scheduler"](), lr_scheduler.LRScheduler, "scheduler", optimizer, skip={"optimizer"}
-    )
+    if (reason := NOT_FOR_THIS_LOOP.get(str(named.get("name")))) is not None:
+        raise ConfigError(f"{section}={named['name']} {reason}. Take another one.")
+    return make(named, known(section), BASES[section], section, *args, skip=skip)
+
+
+NOT_FOR_THIS_LOOP = {
+    "SparseAdam": "needs sparse gradients, which no network here has",
+    "LBFGS": "evaluates the loss several times a step, which this loop does once",
+    "ReduceLROnPlateau": "needs a metric at each step, which the loop does not give it",
+}
 
 
 def _clip(config: Config) -> Any:
@@ -284,8 +267,8 @@ def make_method(config: Config) -> Method:
         ConfigError: one line.
     """
     assert config.method is not None
-    known, method = KNOWN["method"](), dict(config.method)
-    takes = getattr(find(method, known, Method, "method"), "__dataclass_fields__", {})
+    method = dict(config.method)
+    takes = getattr(find(method, known("method"), Method, "method"), "__dataclass_fields__", {})
     if "truncation" in takes and config.train.hyper_every is not None:
         method.setdefault("truncation", config.train.hyper_every)
-    return make(method, known, Method, "method")
+    return _make(method, "method")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from jsonargparse import ArgumentParser
@@ -19,25 +17,6 @@ from .networks import NETWORKS
 from .options import Known, find, subclasses
 from .tasks import Task
 
-
-def _classes(module: ModuleType, base: type) -> dict[str, type]:
-    return {
-        name: kind
-        for name, kind in vars(module).items()
-        if isinstance(kind, type) and issubclass(kind, base) and kind is not base and not name.startswith("_")
-    }
-
-
-KNOWN: dict[str, Callable[[], Known]] = {
-    "task": lambda: subclasses(Task),
-    "model": lambda: NETWORKS,
-    "optimizer": lambda: _classes(torch.optim, Optimizer),
-    "scheduler": lambda: _classes(lr_scheduler, lr_scheduler.LRScheduler),
-    "method": lambda: subclasses(Method),
-    "method.solver": lambda: subclasses(Solver),
-    "hyper_optimizer": lambda: _classes(torch.optim, Optimizer),
-}
-"""What may be named without an import path."""
 BASES: dict[str, type] = {
     "task": Task,
     "model": nn.Module,
@@ -47,12 +26,18 @@ BASES: dict[str, type] = {
     "method.solver": Solver,
     "hyper_optimizer": Optimizer,
 }
-GIVEN: set[str | int] = {
-    "input_shape",
-    "num_outputs",
-    "params",
-    "optimizer",
-}  # by the package, not by a configuration
+MODULES = {Optimizer: torch.optim, lr_scheduler.LRScheduler: lr_scheduler}  # of torch's own classes
+GIVEN: set[str | int] = {"input_shape", "num_outputs", "params", "optimizer"}
+"""By the package, not by a configuration."""
+
+
+def known(section: str) -> Known:
+    """What ``section`` may name without an import path."""
+    if section == "model":
+        return NETWORKS
+    found, module = subclasses(BASES[section]), MODULES.get(BASES[section])
+    there = found if module is None else vars(module)
+    return {name: there[name] for name in there if name in found and not name.startswith("_")}
 
 
 def arguments_of(section: str, name: str) -> str:
@@ -62,23 +47,26 @@ def arguments_of(section: str, name: str) -> str:
     Raises:
         ConfigError: no such class.
     """
-    if section not in KNOWN:
-        raise ConfigError(f"--{section}.help: {section} names no class. These do: {', '.join(KNOWN)}.")
+    if section not in BASES:
+        raise ConfigError(f"--{section}.help: {section} names no class. These do: {', '.join(BASES)}.")
     if not name:
         return (
-            f"--{section} is one of {', '.join(KNOWN[section]())}; --{section}.help NAME lists its arguments."
+            f"--{section} is one of {', '.join(known(section))}; --{section}.help NAME lists its arguments."
         )
-    kind = find({"name": name}, KNOWN[section](), BASES[section], section)
+    kind = find({"name": name}, known(section), BASES[section], section)
     usage = f"--{section} {name} [--{section}.ARGUMENT VALUE ...]"
     parser = ArgumentParser(exit_on_error=False, prog="", usage=usage, add_help=False)
     add = parser.add_class_arguments if inspect.isclass(kind) else parser.add_function_arguments
-    taken = GIVEN.intersection(inspect.signature(kind).parameters)
-    add(kind, section, skip=taken, fail_untyped=False)
-    text = parser.format_help().replace(f"  --{section} CONFIG{NO_FILE}", "")
+    add(kind, section, skip=GIVEN.intersection(inspect.signature(kind).parameters), fail_untyped=False)
+    text = parser.format_help()
     for pattern, plain in MARKUP:
         text = re.sub(pattern, plain, text)
     return text
 
 
-NO_FILE = "\n                        Path to a configuration file."
-MARKUP = ((r"Unvalidated<(\w+)>", r"\1"), (r":\w+:`([^`]*)`", r"\1"), (r"``([^`]*)``", r"\1"))
+MARKUP = (
+    (r"  --[\w.]+ CONFIG\s+Path to a configuration file\.", ""),
+    (r"Unvalidated<(\w+)>", r"\1"),
+    (r":\w+:`([^`]*)`", r"\1"),
+    (r"``([^`]*)``", r"\1"),
+)

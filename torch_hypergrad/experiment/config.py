@@ -1,7 +1,24 @@
 """The schema of a configuration: every key with its type, default and meaning."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse.typing import restricted_number_type, restricted_string_type
+
+if TYPE_CHECKING:
+    Count = int
+    Whole = int
+    Seed = int
+    Threads = int
+    Norm = float
+    Words = str
+else:  # a name says in messages and in the help what is expected
+    Count = restricted_number_type("int of at least 1", int, (">=", 1))
+    Whole = restricted_number_type("int of at least 0", int, (">", -1))
+    Seed = restricted_number_type("int from 0 to 2**32 - 1", int, [(">=", 0), ("<", 2**32)])
+    Threads = restricted_number_type("int from 1 to 1024", int, [(">=", 1), ("<=", 1024)])
+    Norm = restricted_number_type("positive, finite number", float, [(">", 0), ("<", float("inf"))])
+    Words = restricted_string_type("non-empty str", r"(?s).*\S")
 
 Named = dict[str, Any]
 """A class by its name, and arguments beside it, as in ``{name: SGD, lr: 0.1}``; an argument may be such a
@@ -61,22 +78,22 @@ class TrainConfig:
     """
 
     part: Literal["train", "val", "train_and_val"] = "train"
-    steps: int | None = None
-    epochs: int | None = None
-    episodes: int = 1
-    batch_size: int | None = 128
-    warmup: int = 0
+    steps: Count | None = None
+    epochs: Count | None = None
+    episodes: Count = 1
+    batch_size: Count | None = 128
+    warmup: Whole = 0
     fixed: str | None = None
-    patience: int | None = None
+    patience: Count | None = None
     keep_best: bool = False
-    hyper_every: int | None = None
-    val_batch_size: int | None = None
+    hyper_every: Count | None = None
+    val_batch_size: Count | None = None
     scheduler_every: Literal["step", "epoch"] = "step"
-    clip_norm: float | None = None
+    clip_norm: Norm | None = None
     precision: Literal["float32", "bf16"] = "float32"
     device: str = "auto"
-    threads: int | None = None
-    seed: int = 0
+    threads: Threads | None = None
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -98,12 +115,12 @@ class OutputConfig:
             training took less than a minute
     """
 
-    folder: str | None = None
-    log_every: int = 10
-    eval_every: int | None = None
-    eval_size: int | None = 2000
-    checkpoint_every: int | None = None
-    keep_checkpoints: int = 2
+    folder: Words | None = None
+    log_every: Count = 10
+    eval_every: Count | None = None
+    eval_size: Count | None = 2000
+    checkpoint_every: Count | None = None
+    keep_checkpoints: Count = 2
     loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
     baseline: bool | None = None
 
@@ -124,7 +141,7 @@ class CompareConfig:
         }
     )
     samplers: list[str] = field(default_factory=lambda: ["grid", "random"])
-    grid_points: int = 5
+    grid_points: Count = 5
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from ..extras import check_installed
 from .config import ConfigError
-from .options import one_line
+from .messages import one_line
 from .trained import TrainedModel, load_run
 
 BATCH = 2  # of the example that is traced

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ConfigError, Named
-from .options import make, one_line
+from .messages import one_line
+from .options import make
 
 Shape = tuple[int, ...]
 

@@ -1,22 +1,22 @@
-"""Objects by the name of their class, with arguments that are checked against its signature."""
+"""Objects from what a configuration says of them, checked against the signatures of their classes."""
 
 from __future__ import annotations
 
-import importlib
+import collections.abc as abc
 import inspect
 import math
-import os
-import re
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from difflib import SequenceMatcher, get_close_matches
 from functools import cache
-from types import UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from .config import ConfigError
+from .config import NAMED, Config, ConfigError
+from .import_path import imported
+from .messages import one_line, shortened
 
 T = TypeVar("T")
 Known = Mapping[str, Callable[..., Any]]
@@ -51,8 +51,7 @@ def find(named: Mapping[str, Any], known: Known, base: type, key: str) -> Callab
         return known[name]
     if "." in name:
         return imported(name, base, key)
-    near = get_close_matches(name.lower(), [each.lower() for each in known], n=1, cutoff=0)[0]
-    nearest = next(each for each in known if each.lower() == near)
+    nearest = max(known, key=lambda each: _likeness(name, each))
     raise ConfigError(
         f"{key}: there is no {name}. The nearest is {nearest}; known are {', '.join(sorted(known))}, and "
         "import paths such as my_package.MyClass."
@@ -69,36 +68,6 @@ def subclasses(base: type) -> dict[str, type]:
             yield from below(each)
 
     return {kind.__name__: kind for kind in below(base) if not inspect.isabstract(kind)}
-
-
-def imported(path: str, base: type, key: str) -> type:
-    """The class at ``package.Class``, where the package may lie in the current folder.
-
-    Raises:
-        ConfigError: one line.
-    """
-    package, _, name = path.rpartition(".")
-    if not package or not name:
-        raise ConfigError(
-            f"{key}: got {path!r}, expected package.Class, such as my_file.MyClass for my_file.py."
-        )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as of a script that is run there
-    try:
-        module = importlib.import_module(package)
-    except Exception as error:  # whatever the user's code raises
-        missing = isinstance(error, ModuleNotFoundError)
-        remedy = f" Run where {package} can be imported, or install it." if missing else ""
-        message = f"importing {package} failed ({type(error).__name__}: {one_line(error)})."
-        raise ConfigError(f"{key}: {message}{remedy}") from error
-    found = getattr(module, name, None)
-    if found is None:
-        near = get_close_matches(name, dir(module), n=1)
-        raise ConfigError(f"{key}: {package} has no {name}.{f' Did you mean {near[0]}?' if near else ''}")
-    if not isinstance(found, type) or not issubclass(found, base):
-        kind = f"{base.__module__.partition('.')[0]}'s {base.__name__}"
-        raise ConfigError(f"{key}: {path} is no subclass of {kind}. Make it one.")
-    return found
 
 
 def call_with_options(
@@ -140,86 +109,153 @@ def call_with_options(
         raise ConfigError(f"{key}: {_name(function)} refused {dict(options)}: {one_line(error)}") from error
 
 
+def section(kind: Callable[..., T], content: Any, key: str = "") -> T:
+    """The dataclass whose fields are the keys of a section: of the whole configuration, if ``key`` is empty.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, or a value out of its range. One line.
+    """
+    hints, _ = _signature(kind)
+    for name in _mapping(content, key):
+        if name not in hints:
+            paths = [*(_under(key, each) for each in hints), *_paths()]
+            nearest = max(paths, key=lambda path: _likeness(name, path))
+            is_like = _likeness(name, nearest) >= LIKE
+            there = f"The nearest is {nearest}" if is_like else f"It could be {', '.join(hints)}"
+            raise ConfigError(f"Unknown key {_under(key, name)}. {there}; --help lists them all.")
+    return kind(**check_options(kind, content, key))
+
+
 def check_options(
-    function: Callable[..., Any], options: Mapping[str, Any], key: str, skip: Collection[str] = ()
+    function: Callable[..., Any], options: Mapping[Any, Any], key: str, skip: Collection[str] = ()
 ) -> dict[str, Any]:
     """The options in the types of the signature. Raises as :func:`call_with_options` does, which see."""
-    parser, known = _parser(function, frozenset(skip))
-    unknown = [str(name) for name in options if name not in known]
-    if unknown and not _takes_any(function):
-        raise ConfigError(f"{key}: {_name(function)} has no {unknown[0]}. {_suggest(unknown[0], known)}")
-    given = {name: _object(value, function, name, key) for name, value in options.items() if name in known}
-    try:
-        parsed = parser.parse_object(given, defaults=False)
-        parsed = (
-            parser.instantiate(parsed)
-            if hasattr(parser, "instantiate")
-            else parser.instantiate_classes(parsed)
-        )
-    except ArgumentError as error:
-        raise ConfigError(_explain(function, given, key, error)) from error
-    return {**options, **{name: parsed[name] for name in given}}
+    every, takes_others = _signature(function)
+    hints = {name: hint for name, hint in every.items() if name not in skip}
+    checked = {}
+    for name, value in options.items():
+        if name not in hints and not takes_others:
+            near = get_close_matches(str(name), hints, n=1)
+            others = f"It has {', '.join(hints)}." if hints else "It takes no options."
+            remedy = f"Did you mean {near[0]}?" if near else others
+            raise ConfigError(f"{key}: {_name(function)} has no {name}. {remedy}")
+        checked[name] = _typed(value, hints.get(name, Any), _under(key, name))
+    return checked
 
 
-def _object(value: Any, function: Callable[..., Any], name: str, key: str) -> Any:
-    """An argument that names a class itself, such as the solver of a method."""
-    base = _hints(function).get(name)
-    if base is None or not inspect.isabstract(base) or not isinstance(value, (str, Mapping)):
+def _typed(value: Any, hint: Any, key: str) -> Any:
+    """A value in the type of the hint."""
+    kind = next((each for each in _alternatives(hint) if each is not NoneType), Any)
+    if kind is Any or (value is None and NoneType in _alternatives(hint)):
         return value
-    return make({"name": value} if isinstance(value, str) else value, subclasses(base), base, f"{key}.{name}")
-
-
-@cache
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    is_base = inspect.isabstract(kind) and (get_origin(kind) or kind).__module__ != "collections.abc"
+    if is_base and isinstance(value, (str, Mapping)):  # such as the solver of a method
+        return make({"name": value} if isinstance(value, str) else value, subclasses(kind), kind, key)
+    if is_dataclass(kind) and not is_base:
+        return section(kind, value, key)
+    if get_origin(kind) is dict:
+        inner = get_args(kind)[1]
+        return {name: _typed(each, inner, f"{key}.{name}") for name, each in _mapping(value, key).items()}
+    if (parser := _parser(hint)) is None:
+        return value
     try:
-        return get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    except (NameError, TypeError, AttributeError):  # annotations that cannot be resolved at run time
-        return {}
+        parsed = parser.instantiate(parser.parse_object({"value": value}))["value"]
+    except ArgumentError as error:
+        raise ConfigError(_wrong(value, hint, key)) from error
+    if parsed is None:
+        raise ConfigError(_wrong(value, hint, key))
+    if type(parsed).__module__ == "jsonargparse.typing":  # a range or pattern, as in config.py
+        parsed = type(parsed).__bases__[-1](parsed)
+    return parsed
+
+
+def _alternatives(hint: Any) -> Sequence[Any]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _mapping(content: Any, key: str) -> Mapping[Any, Any]:
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{key} is a section and needs keys with values, got {shortened(content)}.")
+    for name in content:
+        if not isinstance(name, str):
+            raise ConfigError(f"Keys are names, got {shortened(name)} under {key or 'the top'}.")
+    return content
 
 
 @cache
-def _parser(function: Callable[..., Any], skip: frozenset[str]) -> tuple[ArgumentParser, list[str]]:
-    """What checks the arguments of a function, and their names."""
+def _parser(hint: Any) -> ArgumentParser | None:
+    """What checks one value; None of a type that jsonargparse does not know."""
     parser = ArgumentParser(exit_on_error=False)
-    add: Callable[..., list[str]]
-    add = parser.add_class_arguments if inspect.isclass(function) else parser.add_function_arguments
-    return parser, [name for name in add(function, skip=set(skip), fail_untyped=False) if name not in skip]
+    try:
+        parser.add_argument("--value", type=hint)
+    except ValueError:
+        return None
+    return parser
 
 
-def one_line(message: object) -> str:
-    """Its text with single spaces in place of line ends."""
-    return " ".join(str(message).split())
+@cache
+def _signature(function: Any) -> tuple[dict[str, Any], bool]:
+    """The types of its arguments, with those that a class hands on to what it inherits from; and whether
+    there may be any others."""
+    is_class, found = isinstance(function, type), dict[str, Any]()
+    kinds = [kind for kind in function.__mro__ if "__init__" in vars(kind)] if is_class else []
+    for call in [kind.__init__ for kind in kinds] if is_class else [function]:
+        arguments = list(inspect.signature(call).parameters.values())[is_class:]
+        for each in arguments:
+            if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
+                hint = _type_of(each.annotation, getattr(inspect.unwrap(call), "__globals__", {}))
+                found.setdefault(each.name, hint | None if each.default is None else hint)
+        if not any(each.kind is each.VAR_KEYWORD for each in arguments):
+            return found, False
+    return found, True
+
+
+def _type_of(annotation: Any, names: dict[str, Any]) -> Any:
+    """Any, where there is none, or one that cannot be resolved at run time."""
+    given = {} if annotation is inspect.Parameter.empty else {"it": annotation}
+    try:
+        # torch's schedulers import the abstract collections for type checkers alone
+        return get_type_hints(SimpleNamespace(__annotations__=given), names, vars(abc)).get("it", Any)
+    except (NameError, TypeError, AttributeError):
+        return Any
+
+
+def _under(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
 
 
 def _name(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", repr(function))
 
 
-def _takes_any(function: Callable[..., Any]) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+def _paths() -> Iterator[str]:
+    """All keys, with the arguments of classes that a configuration names by itself."""
+    yield "config"
+    for name, default in vars(Config()).items():
+        yield name
+        inner = vars(default) if is_dataclass(default) else default if name in NAMED else {}
+        yield from (f"{name}.{each}" for each in inner or ())
 
 
-def _suggest(name: str, known: Collection[str]) -> str:
-    near = get_close_matches(name, known, n=1)
-    if near:
-        return f"Did you mean {near[0]}?"
-    return f"It has {', '.join(known)}." if known else "It takes no options."
+LIKE = 0.6  # as difflib has it
 
 
-def _explain(function: Callable[..., Any], given: Mapping[str, Any], key: str, error: ArgumentError) -> str:
-    """In one line what jsonargparse says in many."""
-    found = re.search(r'[Kk]ey "(\w+)', str(error))
-    parameter = inspect.signature(function).parameters.get(found[1]) if found else None
-    if not found or found[1] not in given or parameter is None:
-        return f"{key}: {_name(function)}: {one_line(error)}."
-    expected = _hints(function).get(found[1], parameter.annotation)
-    return f"{key}.{found[1]}: got {given[found[1]]!r}, expected {_in_words(expected)}."
+def _likeness(name: str, path: str) -> float:
+    """Of a name, and the last part of a path."""
+    return SequenceMatcher(None, name.lower(), path.rpartition(".")[2].lower()).ratio()
 
 
-def _in_words(hint: Any) -> str:
+def _wrong(value: Any, hint: Any, key: str) -> str:
+    kinds = _alternatives(hint)
+    choices = [str(each) for kind in kinds if get_origin(kind) is Literal for each in get_args(kind)]
+    near = get_close_matches(str(value), choices, n=1)
+    nearest = f" The nearest is {near[0]}." if near else ""
+    return f"{key}: got {shortened(value)}, expected {' or '.join(map(_in_words, kinds))}.{nearest}"
+
+
+def _in_words(kind: Any) -> str:
     """A type as a user would say it."""
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(map(_in_words, get_args(hint)))
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    return "null" if hint is type(None) else inspect.formatannotation(hint).strip("'\"")
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    words = inspect.formatannotation(kind).strip("'\"").removeprefix("jsonargparse.typing.")
+    return "null" if kind is NoneType else words

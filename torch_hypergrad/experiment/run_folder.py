@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 
 from .config import Config, ConfigError
 from .edits import FREE, check_edits, differences, told
+from .messages import one_line
 from .old import today
-from .options import one_line
 from .parsing import as_yaml, config_of, read_config
 from .values import as_files
 

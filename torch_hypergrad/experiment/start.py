@@ -18,7 +18,7 @@ from .build import START, build
 from .config import Config, ConfigError
 from .edits import told
 from .loop import Run, Watch
-from .options import one_line
+from .messages import one_line
 from .parsing import read_config
 from .run_folder import RunFolder
 from .stopping import StopRequest, TrainingError, stop_on_signals

@@ -21,7 +21,7 @@ from ..search import create_study, make_sampler, objective_of
 from .build import build
 from .config import CompareConfig, Config, ConfigError
 from .edits import FREE, differences, told
-from .options import one_line
+from .messages import one_line
 from .parsing import config_with
 from .run_folder import RunFolder, as_dict
 from .start import run_in

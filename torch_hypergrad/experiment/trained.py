@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .build import make_task
 from .config import ConfigError
+from .messages import one_line
 from .networks import make_network
 from .old import is_old
-from .options import one_line
 from .run_folder import RunFolder
 from .tasks import Task
 

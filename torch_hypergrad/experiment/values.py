@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .config import ConfigError
-from .options import one_line
+from .messages import one_line
 
 FEW = 100
 """Numbers that are written as YAML, too."""

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .config import ConfigError
 from .loopback import Answer, LoopbackServer
-from .options import one_line
+from .messages import one_line
 
 PAUSE = 3.0  # seconds between two questions of a page, and between two drawings
 SHARE = 4.0  # a report is not drawn again for this many times what it took: the processor is for training

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
-from ..options import one_line
+from ..messages import one_line
 from .base import Examples, Split, Task
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import ConfigError
-from ..options import one_line
+from ..messages import one_line
 from .base import Batch, Examples, InMemory
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
-from ..options import one_line
+from ..messages import one_line
 
 if TYPE_CHECKING:
     import pandas

@@ -17,7 +17,7 @@ from sklearn.metrics import accuracy_score, f1_score, r2_score, root_mean_square
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..options import one_line
+from ..messages import one_line
 from .base import InMemory, Metric, Split, Task, most_likely
 from .splits import Sizes, add_label_noise, check_label_noise
 from .tables import MOST_LEVELS, Columns, as_number, listed, read_table
@@ -194,17 +194,8 @@ class TabularClassification(Table):
 
     loss = "cross-entropy"
 
-    def __init__(
-        self,
-        data: str,
-        target: str | None = None,
-        drop: Sequence[str] = (),
-        train_size: int | None = None,
-        val_size: int = 100,
-        test_size: int | None = None,
-        label_noise: float = 0.0,
-    ) -> None:
-        super().__init__(data, target, drop, train_size, val_size, test_size)
+    def __init__(self, data: str, *, label_noise: float = 0.0, **table: Any) -> None:
+        super().__init__(data, **table)
         check_label_noise(label_noise)
         self.label_noise = label_noise
 
