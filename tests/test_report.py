@@ -404,6 +404,19 @@ def test_warnings_of_several_runs_are_told_with_their_names(tmp_path):
 
 # ---- several runs ------------------------------------------------------------------------------------------
 
+
+def test_runs_of_different_tasks_are_not_ranked(tmp_path):
+    others = {"task": {"name": "ImageClassification", "data": "mnist"}}
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "other", config=others, accuracy=0.95)]
+    text = read_page(write_report(runs))
+    assert (
+        "Numbers of different tasks do not compare. Here are runs on digits (cross-entropy and accuracy) and "
+        "mnist (cross-entropy and accuracy)." in text
+    )
+    assert "best test accuracy" not in text
+    assert "best test accuracy" in read_page(write_report(runs[:1] * 2, tmp_path / "out"))
+
+
 ACCURACIES = {
     "none": (0.9, 0.91, 0.92),
     "grid": (0.93, 0.93, 0.95),

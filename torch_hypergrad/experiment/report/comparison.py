@@ -50,7 +50,7 @@ def draw_results(groups: Sequence[Group]) -> Picture | None:
     losses = [value for group in groups for value in group.numbers("test.loss")]
     set_scale(every[-1], "x", losses, log=0 < 20 * min(losses) < max(losses))
     many = max(len(group.finished) for group in groups) > 1
-    caption = f"{listing(f'Test {measure.name}' for measure in measures)} of each row"
+    caption = f"The {listing(f'test {measure.name}' for measure in measures)} of each row"
     caption += (
         ": a dot for each seed, the black line their mean and the bar one standard deviation either way."
         if many
@@ -91,7 +91,8 @@ def draw_overlaid(groups: Sequence[Group]) -> Picture | None:
             _draw_group(axes, name, of_seeds, places[name])
         step_axis(axes)
         set_scale(axes, "y", [loss for each in curves.values() for loss in each.to_numpy().flat], log=True)
-    training.set(ylabel=f"loss ({groups[0].words.loss})", title="training set")
+    losses = dict.fromkeys(group.words.loss for group in shown)
+    training.set(ylabel=f"loss ({' or '.join(losses)})", title="training set")
     validation.set(title="validation set")
     legend_below(figure, training)
     return finish(figure, "losses", _caption(groups, shown, leave_out))
@@ -99,7 +100,8 @@ def draw_overlaid(groups: Sequence[Group]) -> Picture | None:
 
 def _caption(groups: Sequence[Group], shown: Sequence[Group], left_out: Sequence[Group]) -> str:
     several = any(len(group.runs) > 1 for group in groups)
-    caption = "Loss over training" + (": thin lines are seeds, thick ones their mean." if several else ".")
+    caption = "The loss over training steps"
+    caption += ": thin lines are seeds, thick ones their mean." if several else "."
     if left_out:
         names = listing(quoted(group.name) for group in left_out)
         caption += f" {names} trained on the validation set, so only the left panel has them."

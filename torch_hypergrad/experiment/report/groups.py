@@ -64,6 +64,12 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
     return [Group(_unique(name, runs[0], names), runs) for name, runs in zip(names, found.values())]
 
 
+def tasks_of(groups: Sequence[Group]) -> list[str]:
+    """The data, losses and metrics of all runs in words; only numbers of runs that share them compare."""
+    runs = [run for group in groups for run in group.runs]
+    return list(dict.fromkeys(f"{run.data} ({run.words.in_brief})" for run in runs))
+
+
 def _in_row(run: RecordedRun) -> bool:
     return run.folder.resolve().name.startswith("seed-")
 

@@ -12,7 +12,7 @@ import yaml
 
 from .comparison import draw_overlaid, draw_results
 from .describe import duration, in_one_sentence
-from .groups import Group, differing, shown_measures, spread, table_of_groups, tuned_in_brief
+from .groups import Group, differing, shown_measures, spread, table_of_groups, tasks_of, tuned_in_brief
 from .page import Page, Section, Table
 from .read import RecordedRun
 from .style import count_of, listing, number, quoted
@@ -36,7 +36,7 @@ def page_of_runs(groups: Sequence[Group], out: Path) -> Page:
     return Page(
         title=_title(groups),
         subtitle=_subtitle(groups, runs),
-        numbers=_best(groups),
+        numbers=_best(groups) if len(tasks_of(groups)) == 1 else [],
         facts=_facts(runs),
         sections=[section for section in sections if section],
         warnings=_warnings(groups),
@@ -104,13 +104,18 @@ def _facts(runs: Sequence[RecordedRun]) -> list[tuple[str, str]]:
 
 
 def _warnings(groups: Sequence[Group]) -> list[str]:
-    """How many runs of which rows raise doubts; the table of runs tells which."""
+    """Whether the rows compare, and how many runs of which raise doubts; the table of runs tells which."""
     num_runs = {group.name: len(group.runs) for group in groups}
     doubtful = {group.name: sum(bool(doubts(run)) for run in group.runs) for group in groups}
     named = [
         f"{quoted(name)} ({count} of {num_runs[name]} runs)" for name, count in doubtful.items() if count
     ]
-    return [f"The hypergradient is in doubt in {listing(named)}: see the table of all runs."] if named else []
+    found, tasks = [], tasks_of(groups)
+    if len(tasks) > 1:
+        found.append(f"Numbers of different tasks do not compare. Here are runs on {listing(tasks)}.")
+    if named:
+        found.append(f"The hypergradient is in doubt in {listing(named)}: see the table of all runs.")
+    return found
 
 
 def _results(groups: Sequence[Group]) -> Section:

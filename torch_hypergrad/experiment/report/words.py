@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .style import fixed, percent
+from .style import fixed, listing, percent
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,11 @@ class Words:
     def main(self) -> Measure:
         """What runs are compared by."""
         return self.metrics[0] if self.metrics else LOSS
+
+    @property
+    def in_brief(self) -> str:
+        """The loss and the metrics."""
+        return listing([self.loss, *(measure.name for measure in self.metrics)])
 
     @property
     def measures(self) -> tuple[Measure, ...]:
