@@ -238,6 +238,16 @@ def test_a_trial_that_cannot_train_is_left_out_with_its_reason(file: Path, tmp_p
     assert study.study().best_trial.params["optimizer"] != failed.params["optimizer"]
 
 
+def test_skipped_hyper_steps_of_trials_are_told_in_their_line(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diverges = [{"name": "Implicit", "solver": {"name": "Neumann", "scale": scale}} for scale in (1e3, 1e4)]
+    search(file, tmp_path, space={"method": diverges}, sampler="grid")(NO_STOP)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.endswith("; 2 of 2 hyper steps were skipped") for line in lines)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

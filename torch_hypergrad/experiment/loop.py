@@ -164,7 +164,7 @@ class Run:
             progress.num_skipped += 1
             reason = " ".join(str(error).split())
             self._metrics.log({"kind": "skipped", "step": progress.step, "reason": reason})
-            bar.write(f"step {progress.step}: hyper step skipped. {reason}")
+            self._say(f"hyper step skipped. {reason}", bar)
         else:
             progress.num_hyper_steps += 1
             window = self.config.train.hyper_every or self.parts.steps
@@ -178,9 +178,14 @@ class Run:
     def _tell(self, warnings: Sequence[str], bar: tqdm) -> None:
         """Prints each kind of warning once; how often it came is told at the end, from the metrics."""
         for kind, warning in by_kind(warnings).items():
-            if kind not in self._told and not bar.disable:
-                bar.write(f"step {self.progress.step}: warning. {warning}")
+            if kind not in self._told:
+                self._say(f"warning. {warning}", bar)
             self._told.add(kind)
+
+    def _say(self, message: str, bar: tqdm) -> None:
+        """A line beside the progress bar; a quiet run leaves it to the metrics and whoever started it."""
+        if not bar.disable:
+            bar.write(f"step {self.progress.step}: {message}")
 
     def _guarded(self, act: Callable[[], Any]) -> Any:
         try:

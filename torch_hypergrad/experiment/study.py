@@ -27,7 +27,7 @@ from .run_folder import RunFolder, as_dict
 from .start import run_in
 from .stopping import StopRequest, TrainingError
 
-COST, FOLDER, REASON, CONFIG = "cost", "folder", "pruned_because", "config"
+COST, FOLDER, REASON, SKIPPED, CONFIG = "cost", "folder", "pruned_because", "skipped", "config"
 LOCAL = (*FREE, "train.device", "task.root", "task.download")  # what may differ from machine to machine
 STARTED = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 LONGEST_NAME = 100
@@ -216,6 +216,7 @@ class Search:
             raise TakenBackError
         summary = json.loads(folder.summary_file.read_text(encoding="utf-8"))
         trial.set_user_attr(COST, summary["cost"])
+        trial.set_user_attr(SKIPPED, [summary["num_skipped"], summary["num_hyper_steps"]])
         return float(summary["val"]["loss"])
 
 
@@ -232,7 +233,9 @@ def _tell(study: Study, trial: FrozenTrial) -> None:
         result = f"{trial.state.name.lower()}. {trial.user_attrs.get(REASON, '')}"
     else:
         best = " (the best so far)" if trial.value <= study.best_value else ""
-        result = f"validation loss {trial.value:.4f}{best}"
+        skipped, taken = trial.user_attrs.get(SKIPPED, (0, 0))
+        lacks = f"; {skipped} of {taken + skipped} hyper steps were skipped" if skipped else ""
+        result = f"validation loss {trial.value:.4f}{best}{lacks}"
     print(f"trial {trial.number}: {settings}: {result}".rstrip(), file=sys.stderr)
 
 
