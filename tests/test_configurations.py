@@ -114,6 +114,7 @@ def test_help_shows_every_key_with_type_default_and_meaning(
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     entries = {block.split()[0]: " ".join(block.split()[1:]) for block in shown.split("\n  --")[1:]}
+    assert "Path to a configuration file" not in shown  # which a section alone does not take
     for key in every_key():
         text = entries[key]
         assert "(type: " in text, key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from argparse import SUPPRESS
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +42,9 @@ def add_config(parser: ArgumentParser) -> None:
     meaning = "YAML file with any of the keys below; what follows it overrides it"
     parser.add_argument("--config", type=str, help=meaning)
     parser.add_class_arguments(Config, as_group=True)
+    for action in parser._actions:
+        if action.help == "Path to a configuration file.":  # of a section alone, which --config does
+            action.help = SUPPRESS
 
 
 def parse(parser: ArgumentParser, argv: Sequence[str], configured: ArgumentParser | None) -> Request:
