@@ -161,8 +161,7 @@ class RecordedRun:
         """A row for each tuned name at each hyper step: step, name, setting, quantiles (QUANTILES), and
         whether they are ``many`` numbers; of one all are the same."""
         rows = [
-            {"step": step, "name": name, "setting": setting_of(name), "many": isinstance(value, dict)}
-            | (value if isinstance(value, dict) else dict.fromkeys(QUANTILES, value))
+            (step, name, setting_of(name), isinstance(value, dict), *_quantiles(value))
             for step, values in self.hyper[["step", "values"]].dropna().itertuples(index=False)
             for name, value in values.items()
         ]
@@ -183,6 +182,11 @@ class RecordedRun:
     def tune_of(self, name: str) -> Record:
         """How the value of this name is tuned: the entry of the section tune."""
         return self.config["tune"].get(setting_of(name), asdict(Tune()))
+
+
+def _quantiles(value: float | Record) -> list[float | None]:
+    """As they were logged; of a single number all are the same."""
+    return [value.get(key) for key in QUANTILES] if isinstance(value, dict) else [value] * len(QUANTILES)
 
 
 def part_of(name: str) -> str:
