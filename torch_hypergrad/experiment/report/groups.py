@@ -146,6 +146,8 @@ def table_of(run_folders: Sequence[Path]) -> str:
 def in_markdown(table: pd.DataFrame, num_words: int = 1) -> str:
     """So many columns to the left, the numbers in the others to the right."""
     align = ["left"] * num_words + ["right"] * (table.shape[1] - num_words)
+    if table.empty:
+        return ""
     return str(table.to_markdown(index=False, tablefmt="github", disable_numparse=True, colalign=align))
 
 
@@ -208,7 +210,11 @@ def differing(groups: Sequence[Group]) -> pd.DataFrame:
     )
     settings = settings.drop(columns="train.seed")
     varied = settings.loc[:, settings.nunique() > 1]
-    return varied.groupby(level=0, sort=False).agg(lambda column: ", ".join(column.unique())).T
+    return pd.DataFrame({group.name: varied.loc[[group.name]].apply(_distinct) for group in groups})
+
+
+def _distinct(values: pd.Series) -> str:
+    return ", ".join(values.unique())
 
 
 def _shown(value: Any) -> str:
