@@ -417,6 +417,16 @@ def test_runs_of_different_tasks_are_not_ranked(tmp_path):
     assert "best test accuracy" in read_page(write_report(runs[:1] * 2, tmp_path / "out"))
 
 
+def test_rows_whose_folders_have_the_same_names_stay_apart(tmp_path):
+    runs = [
+        make_run(tmp_path / name / "x" / "run", config={"optimizer": {"name": "SGD", "lr": lr}})
+        for name, lr in (("a", 0.125), ("b", 0.25))
+    ]
+    text = read_page(write_report(runs))
+    assert "key a/x/run b/x/run optimizer.lr 0.125 0.25" in text
+    assert re.search(r"a/x/run .*\n\| b/x/run ", table_of(runs))
+
+
 ACCURACIES = {
     "none": (0.9, 0.91, 0.92),
     "grid": (0.93, 0.93, 0.95),

@@ -60,8 +60,8 @@ def read_groups(folders: Sequence[Path]) -> list[Group]:
     found: dict[str, list[RecordedRun]] = {}
     for run in map(read_run, folders):
         found.setdefault(_key(run), []).append(run)
-    names = [_name(runs[0]) for runs in found.values()]
-    return [Group(_unique(name, runs[0], names), runs) for name, runs in zip(names, found.values())]
+    names = _names([_row(runs[0]) for runs in found.values()])
+    return [Group(name, runs) for name, runs in zip(names, found.values())]
 
 
 def tasks_of(groups: Sequence[Group]) -> list[str]:
@@ -77,20 +77,25 @@ def _in_row(run: RecordedRun) -> bool:
 def _key(run: RecordedRun) -> str:
     """The same for runs of one group."""
     if _in_row(run):
-        return str(run.folder.resolve().parent)
+        return str(_row(run))
     return json.dumps({**_settings(run), "train.seed": None}, default=str)
 
 
-def _name(run: RecordedRun) -> str:
+def _row(run: RecordedRun) -> Path:
+    """The folder that names the row."""
     path = run.folder.resolve()
-    return path.parent.name if _in_row(run) else path.name
+    return path.parent if _in_row(run) else path
 
 
-def _unique(name: str, run: RecordedRun, names: Sequence[str]) -> str:
-    """Rows of the same name get that of the folder above."""
-    path = run.folder.resolve()
-    above = path.parent.parent if _in_row(run) else path.parent
-    return f"{above.name}/{name}" if names.count(name) > 1 else name
+def _names(rows: Sequence[Path]) -> list[str]:
+    """Each by the name of its folder, with as many of those above as no other row has."""
+    names = []
+    for row in rows:
+        others, depth = [other.parts for other in rows if other != row], 1
+        while any(other[-depth:] == row.parts[-depth:] for other in others):
+            depth += 1
+        names.append("/".join(row.parts[-depth:]))
+    return names
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------
@@ -205,10 +210,8 @@ def differing(groups: Sequence[Group]) -> pd.DataFrame:
     """The keys of the configuration that are not the same in all runs: a row for each, and a column for each
     group."""
     names = [group.name for group in groups for _ in group.runs]
-    settings = pd.DataFrame([_settings(run) for group in groups for run in group.runs], index=names).fillna(
-        ""
-    )
-    settings = settings.drop(columns="train.seed")
+    settings = pd.DataFrame([_settings(run) for group in groups for run in group.runs], index=names)
+    settings = settings.fillna("").drop(columns="train.seed")
     varied = settings.loc[:, settings.nunique() > 1]
     return pd.DataFrame({group.name: varied.loc[[group.name]].apply(_distinct) for group in groups})
 
